@@ -1,0 +1,56 @@
+//! The contract between the host's sandbox server and the guest's agent.
+//!
+//! Start with `proto/agent.proto`: one ttRPC call per engine request. Beside the calls
+//! there are byte streams (process input and output, the DNS relay); each opens with a
+//! [`StreamHeader`]. Both ends check every length and id against [`limits`].
+//!
+//! Nothing here trusts the other side: the header's decoder is fuzzed, ids are parsed
+//! into [`Id`] before they name anything.
+
+mod id;
+mod stream;
+
+pub use id::{Id, InvalidId};
+pub use stream::{InvalidHeader, StreamHeader, StreamKind};
+
+/// Version of this protocol. Both sides send theirs at `Connect`; they must be equal.
+pub const VERSION: u32 = 1;
+
+/// Name of the virtio-serial port that carries the channel.
+pub const SERIAL_PORT: &str = "kata.agent.0";
+
+/// vsock port on which the agent listens.
+pub const VSOCK_PORT: u32 = 1024;
+
+/// Tag of the share that carries root file systems and volumes.
+pub const SHARE_TAG: &str = "kataShared";
+
+/// Where the guest mounts the share; `<container>/rootfs` and `<container>/<n>` are below.
+pub const SHARE_MOUNT: &str = "/run/kata-containers/shared";
+
+/// Bounds that both sides enforce on what the other sends.
+pub mod limits {
+    /// Longest message of one call, bytes (ttRPC's own limit is 4 MiB).
+    pub const MESSAGE: usize = 4 << 20;
+    /// Containers in one sandbox.
+    pub const CONTAINERS: usize = 512;
+    /// Processes an engine may start in one container.
+    pub const PROCESSES: usize = 1024;
+    /// Streams open at once on one channel.
+    pub const STREAMS: usize = 4096;
+    /// Network interfaces of one sandbox.
+    pub const INTERFACES: usize = 32;
+}
+
+/// Messages and calls generated from `agent.proto`.
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, unused, non_snake_case)]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The ttRPC client and server of `agent.proto`.
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, unused, non_snake_case)]
+pub mod agent_ttrpc {
+    use super::agent;
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
