@@ -1,0 +1,138 @@
+//! Talking to a sandbox server, and starting one.
+
+use containerd_shim_protos::shim_async::TaskClient;
+use kata_jail::{Launch, role::Role};
+use kata_protocol::Id;
+use kata_sandbox::SandboxDir;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use ttrpc::asynchronous::{Client as Ttrpc, transport::Socket};
+
+use crate::server::ServerArgs;
+
+/// Descriptors at which the server finds its listeners.
+pub(crate) const TASK_FD: i32 = 3;
+/// See [`TASK_FD`].
+pub(crate) const ATTACH_FD: i32 = 4;
+
+/// A connection to one sandbox server.
+pub struct Client {
+    tasks: TaskClient,
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens: the server never ran or has ended.
+    #[error("sandbox {0} is not running")]
+    NotRunning(Id),
+    /// A sandbox of this id exists already.
+    #[error("sandbox {0} exists already: delete it first, or choose another id")]
+    Exists(Id),
+    /// The host refused something.
+    #[error("cannot {what} for sandbox {sandbox}")]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// For which sandbox.
+        sandbox: Id,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The server process could not be started.
+    #[error("cannot start the server of sandbox {sandbox}")]
+    Launch {
+        /// For which sandbox.
+        sandbox: Id,
+        /// The cause.
+        #[source]
+        source: kata_jail::LaunchError,
+    },
+}
+
+impl Client {
+    /// Starts the server of a new sandbox and connects to it. The listeners exist before
+    /// the server does, so nobody ever waits for it to come up.
+    ///
+    /// # Errors
+    /// [`ClientError::Exists`] when the sandbox exists; nothing is left behind on failure.
+    pub async fn start_sandbox(sandbox: &Id) -> Result<Self, ClientError> {
+        let io = |what| {
+            let sandbox = sandbox.clone();
+            move |source| ClientError::Io { what, sandbox, source }
+        };
+        let dir = SandboxDir::create(sandbox).map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => ClientError::Exists(sandbox.clone()),
+            _ => io("create the directory")(source),
+        })?;
+        let started = (|| {
+            let task = listen_stream(&dir).map_err(io("listen on task.sock"))?;
+            let attach = listen_packets(&dir).map_err(io("listen on attach.sock"))?;
+            let log: OwnedFd = File::create(dir.log()).map_err(io("create the log"))?.into();
+            let launch = |source| ClientError::Launch { sandbox: sandbox.clone(), source };
+            let args = ServerArgs { sandbox: sandbox.to_string() };
+            let title = format!("kata-sandbox {sandbox}");
+            Launch::role(Role::SandboxServer, title, &args)
+                .map_err(launch)?
+                .fd(task, TASK_FD)
+                .fd(attach, ATTACH_FD)
+                .stderr(log)
+                .new_session()
+                .spawn()
+                .map_err(launch)
+        })();
+        if let Err(error) = started {
+            let _ = dir.remove();
+            return Err(error);
+        }
+        Self::connect(sandbox).await
+    }
+
+    /// Connects to the server of a sandbox.
+    ///
+    /// # Errors
+    /// [`ClientError::NotRunning`] when nobody listens.
+    pub async fn connect(sandbox: &Id) -> Result<Self, ClientError> {
+        let connect = async {
+            let address = SandboxDir::of(sandbox).task_socket()?;
+            tokio::net::UnixStream::connect(address.path()).await
+        };
+        match connect.await {
+            Ok(stream) => Ok(Self { tasks: TaskClient::new(Ttrpc::new(Socket::new(stream))) }),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                Err(ClientError::NotRunning(sandbox.clone()))
+            }
+            Err(source) => {
+                Err(ClientError::Io { what: "connect", sandbox: sandbox.clone(), source })
+            }
+        }
+    }
+
+    /// containerd's Task API of this sandbox.
+    pub fn tasks(&self) -> &TaskClient {
+        &self.tasks
+    }
+}
+
+fn listen_stream(dir: &SandboxDir) -> io::Result<OwnedFd> {
+    Ok(UnixListener::bind(dir.task_socket()?.path())?.into())
+}
+
+fn listen_packets(dir: &SandboxDir) -> io::Result<OwnedFd> {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    };
+    let address = dir.attach_socket()?;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &UnixAddr::new(address.path())?)?;
+    listen(&fd, Backlog::new(128)?)?;
+    Ok(fd)
+}
