@@ -1,0 +1,109 @@
+//! A process that we started.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::process::{Signal, WaitId, WaitIdOptions};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A process that we started. Dropping it does *not* end the process.
+#[derive(Debug)]
+pub struct Child {
+    pid: i32,
+    pidfd: OwnedFd,
+    status: Mutex<Option<ExitStatus>>,
+}
+
+impl Child {
+    pub(crate) fn new(pid: i32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, status: Mutex::new(None) }
+    }
+
+    /// The pid, as seen in our PID namespace. To be shown; use [`Self::kill`] to signal.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// The pidfd. Readable when the process has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// `ESRCH` when the process has ended and was waited for; `EINVAL` for no signal.
+    pub fn kill(&self, signal: i32) -> io::Result<()> {
+        if !(1..=64).contains(&signal) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        // SAFETY: the number is one of a signal; delivery to another process is its affair.
+        let signal = unsafe { Signal::from_raw_unchecked(signal) };
+        Ok(rustix::process::pidfd_send_signal(&self.pidfd, signal)?)
+    }
+
+    /// The status, if the process has ended.
+    ///
+    /// # Errors
+    /// `ECHILD` when somebody else waited for it.
+    pub fn try_wait(&self) -> io::Result<Option<ExitStatus>> {
+        self.reap(WaitIdOptions::NOHANG)
+    }
+
+    /// Waits until the process has ended. May be called again, and by several tasks.
+    ///
+    /// # Errors
+    /// `ECHILD` when somebody else waited for it.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O.
+    pub async fn wait(&self) -> io::Result<ExitStatus> {
+        if let Some(status) = self.try_wait()? {
+            return Ok(status);
+        }
+        // A copy, because one epoll set takes a descriptor only once.
+        let copy = self.pidfd.try_clone()?;
+        // SAFETY: the watch owns the copy, which thus stays open as long as it is registered.
+        let watch = unsafe { AsyncFd::register_with_interest(copy, Interest::READABLE) }?;
+        loop {
+            watch.readable().await?.clear_ready();
+            if let Some(status) = self.try_wait()? {
+                return Ok(status);
+            }
+        }
+    }
+
+    /// Waits, blocking: for a process that is known to be ending.
+    pub(crate) fn reap_now(&self) -> io::Result<Option<ExitStatus>> {
+        self.reap(WaitIdOptions::empty())
+    }
+
+    fn reap(&self, options: WaitIdOptions) -> io::Result<Option<ExitStatus>> {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if status.is_some() {
+            return Ok(*status);
+        }
+        let found = rustix::process::waitid(
+            WaitId::PidFd(self.pidfd.as_fd()),
+            WaitIdOptions::EXITED | options,
+        )?;
+        *status = found.map(|found| {
+            let core = if found.dumped() { 0x80 } else { 0 };
+            ExitStatus::from_raw(match (found.exit_status(), found.terminating_signal()) {
+                (Some(code), _) => (code & 0xff) << 8,
+                (None, signal) => signal.unwrap_or(libc::SIGKILL) | core,
+            })
+        });
+        Ok(*status)
+    }
+}
+
+impl AsRawFd for Child {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.pidfd.as_raw_fd()
+    }
+}
