@@ -1,0 +1,323 @@
+//! Which devices a cgroup may use.
+//!
+//! cgroup v2 has no file for it: a small eBPF program is attached to the cgroup
+//! ([`install`]). Rules follow the specification: the last one that matches wins, and what
+//! none matches is denied. As with runc, a few devices that every container needs are
+//! allowed after all others.
+
+use crate::device_program::{Instruction, program};
+use crate::{CgroupError, file};
+use kata_oci::DeviceRule;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+/// More rules than any engine sends; the program stays far below the kernel's bound.
+const MAX_RULES: usize = 1024;
+
+/// Kind of a device node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Char,
+    Block,
+}
+
+/// `rwm`, as the kernel counts them for programs.
+pub(crate) const MKNOD: u32 = 1;
+pub(crate) const READ: u32 = 2;
+pub(crate) const WRITE: u32 = 4;
+pub(crate) const ALL: u32 = MKNOD | READ | WRITE;
+
+/// A checked rule; `None` is any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub allow: bool,
+    pub kind: Option<Kind>,
+    pub major: Option<u32>,
+    pub minor: Option<u32>,
+    pub access: u32,
+}
+
+impl Rule {
+    const fn allow(kind: Kind, major: Option<u32>, minor: Option<u32>, access: u32) -> Self {
+        Self { allow: true, kind: Some(kind), major, minor, access }
+    }
+
+    /// Decides for everything: no rule before it is ever looked at.
+    pub(crate) fn is_final(&self) -> bool {
+        self.kind.is_none() && self.major.is_none() && self.minor.is_none() && self.access == ALL
+    }
+}
+
+/// What every container may do, whatever its list says: make nodes, and use null, zero,
+/// full, random, urandom, tty, ptmx and its terminals.
+const ALWAYS: [Rule; 10] = [
+    Rule::allow(Kind::Char, None, None, MKNOD),
+    Rule::allow(Kind::Block, None, None, MKNOD),
+    Rule::allow(Kind::Char, Some(1), Some(3), ALL),
+    Rule::allow(Kind::Char, Some(1), Some(8), ALL),
+    Rule::allow(Kind::Char, Some(1), Some(7), ALL),
+    Rule::allow(Kind::Char, Some(5), Some(0), ALL),
+    Rule::allow(Kind::Char, Some(1), Some(5), ALL),
+    Rule::allow(Kind::Char, Some(1), Some(9), ALL),
+    Rule::allow(Kind::Char, Some(136), None, ALL),
+    Rule::allow(Kind::Char, Some(5), Some(2), ALL),
+];
+
+/// Checks the specification's rules and adds those that always hold.
+pub(crate) fn rules(list: &[DeviceRule]) -> Result<Vec<Rule>, CgroupError> {
+    if list.len() > MAX_RULES {
+        return Err(CgroupError::invalid("devices", format!("has more than {MAX_RULES} rules")));
+    }
+    let mut rules = list.iter().map(rule).collect::<Result<Vec<_>, _>>()?;
+    rules.extend(ALWAYS);
+    Ok(rules)
+}
+
+fn rule(rule: &DeviceRule) -> Result<Rule, CgroupError> {
+    let invalid = |problem: String| Err(CgroupError::invalid("devices", problem));
+    let kind = match rule.kind.as_deref() {
+        None | Some("a" | "") => None,
+        Some("c" | "u") => Some(Kind::Char),
+        Some("b") => Some(Kind::Block),
+        Some(other) => return invalid(format!("has the type {other:?}: say a, b or c")),
+    };
+    let number = |value: Option<i64>| match value {
+        None | Some(-1) => Ok(None),
+        Some(value) => u32::try_from(value).map(Some).map_err(|_| value),
+    };
+    let (major, minor) = match (number(rule.major), number(rule.minor)) {
+        (Ok(major), Ok(minor)) => (major, minor),
+        (Err(bad), _) | (_, Err(bad)) => {
+            return invalid(format!("has the device number {bad}: give one from 0, or -1 for any"));
+        }
+    };
+    let mut access = 0;
+    for letter in rule.access.as_deref().unwrap_or("rwm").chars() {
+        access |= match letter {
+            'r' => READ,
+            'w' => WRITE,
+            'm' => MKNOD,
+            other => return invalid(format!("has the access {other:?}: say some of rwm")),
+        };
+    }
+    // Docker writes the empty string for "all" in its first rule.
+    let access = if access == 0 { ALL } else { access };
+    Ok(Rule { allow: rule.allow, kind, major, minor, access })
+}
+
+/// Puts the rules in force in a v2 cgroup, in place of what was there. The new program is
+/// attached before the old ones go, and all attached must agree: there is no gap.
+pub(crate) fn install(dir: &Path, rules: &[Rule]) -> Result<(), CgroupError> {
+    let failed =
+        |action| move |source| CgroupError::DeviceFilter { action, path: dir.to_owned(), source };
+    let cgroup = File::open(dir).map_err(|source| CgroupError::io("open cgroup", dir, source))?;
+    let old = bpf::attached(&cgroup).map_err(failed("query"))?;
+    let program = bpf::load(&program(rules)).map_err(failed("load"))?;
+    bpf::attach(&cgroup, &program).map_err(failed("attach"))?;
+    for id in old {
+        let result = bpf::by_id(id).and_then(|old| bpf::detach(&cgroup, &old));
+        match result {
+            // Somebody else detached it in the meantime.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            result => result.map_err(failed("detach"))?,
+        }
+    }
+    Ok(())
+}
+
+/// The rule in the form cgroup v1's `devices.allow` and `devices.deny` take.
+pub(crate) fn v1_line(rule: &Rule) -> String {
+    let number = |n: Option<u32>| n.map_or_else(|| "*".to_owned(), |n| n.to_string());
+    let kind = match rule.kind {
+        None => 'a',
+        Some(Kind::Char) => 'c',
+        Some(Kind::Block) => 'b',
+    };
+    let letters = [(READ, 'r'), (WRITE, 'w'), (MKNOD, 'm')];
+    let access: String =
+        letters.iter().filter(|(bit, _)| rule.access & bit != 0).map(|(_, c)| c).collect();
+    format!("{kind} {}:{} {access}", number(rule.major), number(rule.minor))
+}
+
+/// Writes the rules into a v1 devices cgroup.
+pub(crate) fn install_v1(dir: &Path, rules: &[Rule]) -> Result<(), CgroupError> {
+    file::write(&dir.join("devices.deny"), "a")?;
+    for rule in rules {
+        let name = if rule.allow { "devices.allow" } else { "devices.deny" };
+        // The kernel takes only the bare letter for everything.
+        let line = if rule.is_final() { "a".to_owned() } else { v1_line(rule) };
+        file::write(&dir.join(name), &line)?;
+    }
+    Ok(())
+}
+
+/// The few calls of `bpf(2)` that are needed.
+mod bpf {
+    use super::{AsRawFd, File, FromRawFd, Instruction, OwnedFd, io};
+
+    const PROG_LOAD: libc::c_int = 5;
+    const PROG_ATTACH: libc::c_int = 8;
+    const PROG_DETACH: libc::c_int = 9;
+    const PROG_GET_FD_BY_ID: libc::c_int = 13;
+    const PROG_QUERY: libc::c_int = 16;
+    const TYPE_CGROUP_DEVICE: u32 = 15;
+    const ATTACH_CGROUP_DEVICE: u32 = 6;
+    const ALLOW_MULTI: u32 = 2;
+    /// The kernel keeps at most so many programs at one cgroup.
+    const MAX_ATTACHED: usize = 64;
+
+    /// `union bpf_attr`, for `PROG_LOAD`, up to the fields used.
+    #[repr(C, align(8))]
+    struct Load {
+        kind: u32,
+        instruction_count: u32,
+        instructions: u64,
+        license: u64,
+        rest: [u64; 12],
+    }
+
+    /// `union bpf_attr` for attach and detach.
+    #[repr(C, align(8))]
+    struct Attach {
+        target_fd: u32,
+        program_fd: u32,
+        kind: u32,
+        flags: u32,
+        replace_fd: u32,
+        rest: [u32; 3],
+    }
+
+    /// `union bpf_attr` for `PROG_QUERY`.
+    #[repr(C, align(8))]
+    struct Query {
+        target_fd: u32,
+        kind: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        pad: u32,
+        rest: [u64; 4],
+    }
+
+    /// `union bpf_attr` for `PROG_GET_FD_BY_ID`.
+    #[repr(C, align(8))]
+    struct ById {
+        id: u32,
+        next: u32,
+        flags: u32,
+        pad: u32,
+    }
+
+    fn call<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
+        // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the given size, zeroed
+        // where unused; pointers in it are to live buffers of the lengths it states.
+        let result = unsafe {
+            libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>())
+        };
+        match libc::c_int::try_from(result) {
+            Ok(value) if value >= 0 => Ok(value),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn raw(fd: &impl AsRawFd) -> u32 {
+        fd.as_raw_fd().unsigned_abs()
+    }
+
+    fn own(fd: libc::c_int) -> OwnedFd {
+        // SAFETY: the kernel just made this descriptor for us; nobody else has it.
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    }
+
+    pub(super) fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
+        let words: Vec<u64> = program.iter().map(Instruction::encode).collect();
+        let license = c"Apache-2.0";
+        let mut attr = Load {
+            kind: TYPE_CGROUP_DEVICE,
+            instruction_count: u32::try_from(words.len()).unwrap_or(u32::MAX),
+            instructions: words.as_ptr() as u64,
+            license: license.as_ptr() as u64,
+            rest: [0; 12],
+        };
+        call(PROG_LOAD, &mut attr).map(own)
+    }
+
+    fn attachment(cgroup: &File, program: &OwnedFd, flags: u32) -> Attach {
+        Attach {
+            target_fd: raw(cgroup),
+            program_fd: raw(program),
+            kind: ATTACH_CGROUP_DEVICE,
+            flags,
+            replace_fd: 0,
+            rest: [0; 3],
+        }
+    }
+
+    pub(super) fn attach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
+        call(PROG_ATTACH, &mut attachment(cgroup, program, ALLOW_MULTI)).map(drop)
+    }
+
+    pub(super) fn detach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
+        call(PROG_DETACH, &mut attachment(cgroup, program, 0)).map(drop)
+    }
+
+    pub(super) fn attached(cgroup: &File) -> io::Result<Vec<u32>> {
+        let mut ids = [0_u32; MAX_ATTACHED];
+        let mut attr = Query {
+            target_fd: raw(cgroup),
+            kind: ATTACH_CGROUP_DEVICE,
+            query_flags: 0,
+            attach_flags: 0,
+            ids: ids.as_mut_ptr() as u64,
+            count: MAX_ATTACHED as u32,
+            pad: 0,
+            rest: [0; 4],
+        };
+        call(PROG_QUERY, &mut attr)?;
+        Ok(ids.into_iter().take(attr.count as usize).collect())
+    }
+
+    pub(super) fn by_id(id: u32) -> io::Result<OwnedFd> {
+        call(PROG_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0, pad: 0 }).map(own)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(json: &str) -> Result<Vec<Rule>, CgroupError> {
+        let resources = kata_oci::Resources::parse(format!(r#"{{"devices":{json}}}"#).as_bytes());
+        rules(&resources.unwrap().devices)
+    }
+
+    #[test]
+    fn an_engines_rules_are_understood() {
+        let rules = spec(
+            r#"[{"allow":false,"access":"rwm"},{"allow":true,"type":"c","major":10,"minor":229,"access":"rw"},
+                {"allow":true,"type":"b","major":8,"minor":-1,"access":"r"}]"#,
+        )
+        .unwrap();
+        assert!(rules[0].is_final() && !rules[0].allow);
+        assert_eq!(v1_line(&rules[1]), "c 10:229 rw");
+        assert_eq!(v1_line(&rules[2]), "b 8:* r");
+        assert_eq!(rules.len(), 3 + ALWAYS.len());
+    }
+
+    #[test]
+    fn rules_that_make_no_sense_are_refused() {
+        for bad in [
+            r#"[{"type":"x"}]"#,
+            r#"[{"access":"rx"}]"#,
+            r#"[{"major":-2}]"#,
+            r#"[{"minor":4294967296}]"#,
+        ] {
+            assert!(spec(bad).is_err(), "{bad}");
+        }
+        let many = vec![DeviceRule::default(); MAX_RULES + 1];
+        assert!(rules(&many).is_err());
+    }
+}
