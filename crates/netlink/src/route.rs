@@ -90,6 +90,12 @@ impl Route {
         self.gateway.is_none()
     }
 
+    /// Whether a router announced it, and the kernel keeps it by itself.
+    pub fn is_announced(&self) -> bool {
+        const RTPROT_RA: u8 = 9;
+        self.protocol == RTPROT_RA
+    }
+
     /// Makes it so; replaces a route to the same destination with the same metric.
     pub fn add(&self) -> Request {
         let mut request = self.request("add a route", libc::RTM_NEWROUTE, flags::SET);
