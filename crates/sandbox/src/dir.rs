@@ -48,6 +48,11 @@ impl SandboxDir {
         self.path.join("server.log")
     }
 
+    /// How long each step of the start took.
+    pub fn stages(&self) -> PathBuf {
+        self.path.join("stages.json")
+    }
+
     /// containerd's Task API.
     pub fn task_socket(&self) -> io::Result<SocketPath> {
         SocketPath::new(&self.path, "task.sock")

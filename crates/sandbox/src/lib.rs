@@ -1,1 +1,33 @@
-//! .
+//! The heart: a sandbox, the containers in it, their processes.
+//!
+//! A [`Sandbox`] is one virtual machine. It knows nothing of engines: the Task API and the
+//! OCI command line are translations onto it (crate `kata-shim`). Start with
+//! [`Sandbox::create`], then `machine.rs`: what is started together and dies together.
+//!
+//! What is created on the host is written to [`SandboxDir::state`] first; [`cleanup`]
+//! undoes a sandbox from that file alone. What the guest says is checked in `agent.rs`.
+
+mod agent;
+mod container;
+mod dir;
+mod error;
+mod hooks;
+mod io;
+mod machine;
+mod network;
+mod process;
+mod sandbox;
+mod stages;
+mod state;
+mod vm_config;
+
+pub use agent::ProcessRef;
+pub use dir::{RUN_DIR, SandboxDir, SocketPath};
+pub use error::SandboxError;
+pub use io::EngineStreams;
+pub use process::{Exit, ProcessStatus, Stdio, StdioPaths};
+pub use sandbox::{CreateRequest, Event, ProcessState, Sandbox};
+pub use state::{Resource, cleanup, start_time};
+
+/// The exit code of a process whose machine was lost: as if killed by SIGKILL.
+pub const LOST: u8 = 137;

@@ -7,3 +7,7 @@ pub mod attach;
 pub mod client;
 pub mod options;
 pub mod server;
+mod stand_ins;
+mod stats;
+mod stdio;
+mod task;

@@ -1,1 +1,241 @@
-//! .
+//! From `config.json` to what host and guest each do for a container's file systems.
+//!
+//! [`plan`] takes the specification as the engine wrote it and gives back the one that
+//! the guest gets (paths in the guest's terms, host-only parts taken out) together with
+//! the list of host paths to attach to the share. It touches nothing: the sandbox acts
+//! on the [`Plan`]. What the engine named is trusted as far as `runc` would trust it.
+
+mod volume;
+
+use kata_oci::{NamespaceKind, Spec};
+use kata_protocol::{Id, SHARE_MOUNT};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+pub use volume::Volume;
+
+/// A host path that is to appear in the share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// On the host, absolute.
+    pub source: PathBuf,
+    /// Below the share's root.
+    pub at: PathBuf,
+    /// The guest may not write, whatever it tries.
+    pub readonly: bool,
+    /// Mounts below the source come along.
+    pub recursive: bool,
+}
+
+/// What is to be done for one container.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// `config.json` for the guest.
+    pub spec: Vec<u8>,
+    /// What the share must hold before the guest is asked to create the container.
+    pub attachments: Vec<Attachment>,
+    /// The host's file that the container has as `/etc/resolv.conf`.
+    pub resolv_conf: Option<PathBuf>,
+}
+
+/// Why a container's file systems cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The specification is not JSON (it was parsed before, so this is rare).
+    #[error("config.json cannot be rewritten for the guest: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A path that the engine named is not there.
+    #[error("cannot use {path} as {role}: {source}")]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What it is for.
+        role: String,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Something that a virtual machine cannot have.
+    #[error("{what} cannot be passed into a virtual machine: {remedy}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// What to do instead.
+        remedy: &'static str,
+    },
+}
+
+/// Plans the file systems of `container`, whose `config.json` is `raw`.
+///
+/// # Errors
+/// [`StorageError`] when a path does not exist or cannot be shared with a VM.
+pub fn plan(
+    container: &Id,
+    bundle: &Path,
+    raw: &[u8],
+    spec: &Spec,
+) -> Result<Plan, StorageError> {
+    refuse_what_no_vm_can_have(spec)?;
+    let mut guest: Value = serde_json::from_slice(raw)?;
+    let mut attachments = Vec::new();
+    let mut resolv_conf = None;
+
+    let rootfs = spec.root.as_ref().map(|root| bundle.join(&root.path)).unwrap_or_default();
+    let rootfs = rootfs.canonicalize().map_err(|source| StorageError::Path {
+        path: rootfs.clone(),
+        role: "the root file system".to_owned(),
+        source,
+    })?;
+    let at = Path::new(container.as_str()).join("rootfs");
+    guest["root"]["path"] = json!(Path::new(SHARE_MOUNT).join(&at));
+    attachments.push(Attachment { source: rootfs, at, readonly: false, recursive: true });
+
+    for (index, mount) in spec.mounts.iter().enumerate() {
+        if mount.destination == Path::new("/etc/resolv.conf") {
+            resolv_conf = mount.source.clone();
+        }
+        let entry = &mut guest["mounts"][index];
+        match Volume::of(mount, bundle)? {
+            Volume::InGuest => {}
+            Volume::SharedMemory { size } => {
+                *entry = json!({
+                    "destination": mount.destination, "type": "tmpfs", "source": "shm",
+                    "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={size}")],
+                });
+            }
+            Volume::Shared { source, readonly, recursive } => {
+                let at = Path::new(container.as_str()).join(format!("m{index}"));
+                entry["source"] = json!(Path::new(SHARE_MOUNT).join(&at));
+                attachments.push(Attachment { source, at, readonly, recursive });
+            }
+        }
+    }
+    leave_out_what_is_the_hosts(container, &mut guest);
+    Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, resolv_conf })
+}
+
+fn refuse_what_no_vm_can_have(spec: &Spec) -> Result<(), StorageError> {
+    let unsupported =
+        |what: String, remedy: &'static str| Err(StorageError::Unsupported { what, remedy });
+    let linux = spec.linux();
+    for namespace in &linux.namespaces {
+        let Some(path) = namespace.path.as_ref().filter(|p| !p.as_os_str().is_empty()) else {
+            continue;
+        };
+        if !matches!(namespace.kind, NamespaceKind::Network) {
+            return unsupported(
+                format!("the {:?} namespace {} of the host", namespace.kind, path.display()),
+                "containers that share it must be in one pod, that is in one virtual machine",
+            );
+        }
+    }
+    for device in &linux.devices {
+        if !volume::guest_has_device(&device.kind, device.major, device.minor) {
+            return unsupported(
+                format!("the device {}", device.path.display()),
+                "use a bind mount of a directory, or a device that the guest kernel itself has \
+                 (such as /dev/fuse or /dev/net/tun)",
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Takes out of the guest's `config.json` what only means something on the host.
+fn leave_out_what_is_the_hosts(container: &Id, guest: &mut Value) {
+    if let Some(hooks) = guest.get_mut("hooks").and_then(Value::as_object_mut) {
+        hooks.retain(|name, _| name == "startContainer" || name == "createContainer");
+    }
+    let Some(linux) = guest.get_mut("linux").and_then(Value::as_object_mut) else { return };
+    linux.insert("cgroupsPath".to_owned(), json!(format!("/kata/{container}")));
+    linux.remove("intelRdt");
+    let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) else {
+        return;
+    };
+    guest_resources(resources);
+}
+
+/// Takes out of `resources` what numbers the host's CPUs, memory nodes and disks.
+pub fn guest_resources(resources: &mut serde_json::Map<String, Value>) {
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        for name in ["cpus", "mems", "realtimeRuntime", "realtimePeriod"] {
+            cpu.remove(name);
+        }
+    }
+    if let Some(block) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
+        block.retain(|name, _| name == "weight");
+    }
+    resources.remove("network");
+    resources.remove("rdma");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(extra: &str, setup: impl FnOnce(&Path)) -> Result<Plan, StorageError> {
+        let bundle = tempfile::tempdir().unwrap();
+        std::fs::create_dir(bundle.path().join("rootfs")).unwrap();
+        setup(bundle.path());
+        let text = format!(
+            r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"x":{{"kept":1}},{extra}}}"#
+        );
+        let spec = Spec::parse(text.as_bytes()).unwrap();
+        plan(&"c1".parse().unwrap(), bundle.path(), text.as_bytes(), &spec)
+    }
+
+    #[test]
+    fn rootfs_is_attached_and_renamed_and_unknown_fields_survive() {
+        let plan = planned(r#""mounts":[]"#, |_| {}).unwrap();
+        let guest: Value = serde_json::from_slice(&plan.spec).unwrap();
+        assert_eq!(guest["root"]["path"], format!("{SHARE_MOUNT}/c1/rootfs"));
+        assert_eq!(guest["x"]["kept"], 1);
+        assert_eq!(plan.attachments.len(), 1);
+    }
+
+    #[test]
+    fn readonly_bind_is_attached_readonly() {
+        let plan = planned(
+            r#""mounts":[{"destination":"/v","type":"bind","source":"vol","options":["rbind","ro"]}]"#,
+            |bundle| std::fs::create_dir(bundle.join("vol")).unwrap(),
+        )
+        .unwrap();
+        let volume = &plan.attachments[1];
+        assert!(volume.readonly && volume.recursive);
+        assert_eq!(volume.at, Path::new("c1/m0"));
+    }
+
+    #[test]
+    fn missing_bind_source_is_named() {
+        let error = planned(
+            r#""mounts":[{"destination":"/v","type":"bind","source":"/no/such"}]"#,
+            |_| {},
+        )
+        .unwrap_err();
+        assert!(error.to_string().contains("/no/such"), "{error}");
+    }
+
+    #[test]
+    fn host_cpus_and_disks_stay_on_the_host() {
+        let plan = planned(
+            r#""linux":{"resources":{"cpu":{"cpus":"0-7","shares":512},
+               "blockIO":{"weight":100,"throttleReadBpsDevice":[{"major":8,"minor":0,"rate":1}]}}}"#,
+            |_| {},
+        )
+        .unwrap();
+        let guest: Value = serde_json::from_slice(&plan.spec).unwrap();
+        let resources = &guest["linux"]["resources"];
+        assert_eq!(resources["cpu"], json!({"shares": 512}));
+        assert_eq!(resources["blockIO"], json!({"weight": 100}));
+    }
+
+    #[test]
+    fn joining_a_host_pid_namespace_is_refused() {
+        let error = planned(
+            r#""linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}"#,
+            |_| {},
+        )
+        .unwrap_err();
+        assert!(error.to_string().contains("one pod"), "{error}");
+    }
+}

@@ -1,0 +1,312 @@
+//! The guest's agent, as the host sees it: typed calls whose answers are checked.
+
+use crate::SandboxError;
+use kata_channel::Stream;
+use kata_protocol::{Id, VERSION, agent as message, agent_ttrpc::AgentClient};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use ttrpc::asynchronous::{Client, transport::Socket};
+use ttrpc::context::{self, Context};
+
+/// How long the guest may take to answer an ordinary call. Every death on the way (VMM,
+/// devices process, channel) ends a call at once; this is for a guest that lives and is silent.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A process of a container in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessRef {
+    /// The container.
+    pub container: Id,
+    /// The exec; none is the container's first process.
+    pub exec: Option<Id>,
+}
+
+impl ProcessRef {
+    fn message(&self) -> message::ProcessId {
+        message::ProcessId {
+            container_id: self.container.to_string(),
+            exec_id: self.exec_text(),
+            ..Default::default()
+        }
+    }
+
+    fn exec_text(&self) -> String {
+        self.exec.as_ref().map(Id::to_string).unwrap_or_default()
+    }
+}
+
+/// What the guest said at `Connect`.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// Version of the agent.
+    pub agent_version: String,
+    /// `uname -r`
+    pub kernel: String,
+    /// Boot to the agent's first line.
+    pub init: Duration,
+    /// Boot to the agent's readiness.
+    pub ready: Duration,
+}
+
+/// How a process ended, as the guest tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub code: u8,
+    pub stdout_bytes: u64,
+    pub stderr_bytes: u64,
+    pub oom_killed: bool,
+}
+
+/// The first call's arguments.
+#[derive(Debug, Default)]
+pub(crate) struct Hello {
+    pub sandbox: String,
+    pub hostname: String,
+    pub storages: Vec<message::Storage>,
+    pub online_cpus: u32,
+}
+
+/// A connection to the agent.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    client: AgentClient,
+}
+
+impl Agent {
+    pub(crate) fn new(stream: Stream) -> Self {
+        Self { client: AgentClient::new(Client::new(Socket::new(stream))) }
+    }
+
+    /// Makes the guest this sandbox. The guest may still be booting: this waits for it.
+    pub(crate) async fn connect(
+        &self,
+        hello: Hello,
+        patience: Duration,
+    ) -> Result<Guest, SandboxError> {
+        let mut entropy = vec![0; 64];
+        rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| SandboxError::io("get entropy for the guest")(error.into()))?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let request = message::ConnectRequest {
+            protocol_version: VERSION,
+            sandbox_id: hello.sandbox,
+            realtime_ns: now.as_nanos().try_into().unwrap_or(i64::MAX),
+            entropy,
+            hostname: hello.hostname,
+            storages: hello.storages,
+            online_cpus: hello.online_cpus,
+            ..Default::default()
+        };
+        let answer = self.client.connect(context_of(patience), &request).await.map_err(failed)?;
+        if answer.protocol_version != VERSION {
+            return Err(SandboxError::Version { guest: answer.protocol_version, host: VERSION });
+        }
+        let nanos = |value: i64| Duration::from_nanos(value.try_into().unwrap_or(0));
+        Ok(Guest {
+            agent_version: printable(&answer.agent_version),
+            kernel: printable(&answer.kernel_release),
+            init: nanos(answer.init_ns),
+            ready: nanos(answer.ready_ns),
+        })
+    }
+
+    pub(crate) async fn create(
+        &self,
+        container: &Id,
+        spec: Vec<u8>,
+        stdio: message::Stdio,
+        network: Option<message::Network>,
+    ) -> Result<(), SandboxError> {
+        let request = message::CreateContainerRequest {
+            container_id: container.to_string(),
+            spec,
+            stdio: Some(stdio).into(),
+            network: network.into(),
+            ..Default::default()
+        };
+        self.client.create_container(patience(), &request).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn start(
+        &self,
+        container: &Id,
+        network: Option<message::Network>,
+    ) -> Result<(), SandboxError> {
+        let request = message::StartContainerRequest {
+            container_id: container.to_string(),
+            network: network.into(),
+            ..Default::default()
+        };
+        self.client.start_container(patience(), &request).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn exec(
+        &self,
+        process: &ProcessRef,
+        spec: Vec<u8>,
+        stdio: message::Stdio,
+    ) -> Result<(), SandboxError> {
+        let request = message::ExecRequest {
+            container_id: process.container.to_string(),
+            exec_id: process.exec_text(),
+            process: spec,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.client.exec(patience(), &request).await.map_err(failed)?;
+        Ok(())
+    }
+
+    /// Waits for the end of a process, however long that takes.
+    pub(crate) async fn wait(&self, process: &ProcessRef) -> Result<Ended, SandboxError> {
+        let answer =
+            self.client.wait(context::with_timeout(0), &process.message()).await.map_err(failed)?;
+        Ok(Ended {
+            // A guest may say anything; an engine knows 0 to 255.
+            code: u8::try_from(answer.exit_code).unwrap_or(u8::MAX),
+            stdout_bytes: answer.stdout_bytes,
+            stderr_bytes: answer.stderr_bytes,
+            oom_killed: answer.oom_killed,
+        })
+    }
+
+    pub(crate) async fn signal(
+        &self,
+        process: &ProcessRef,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), SandboxError> {
+        let request = message::SignalRequest {
+            container_id: process.container.to_string(),
+            exec_id: process.exec_text(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.client.signal(patience(), &request).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn resize(
+        &self,
+        process: &ProcessRef,
+        rows: u32,
+        columns: u32,
+    ) -> Result<(), SandboxError> {
+        let request = message::ResizeTerminalRequest {
+            container_id: process.container.to_string(),
+            exec_id: process.exec_text(),
+            rows,
+            columns,
+            ..Default::default()
+        };
+        self.client.resize_terminal(patience(), &request).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn delete(&self, process: &ProcessRef) -> Result<(), SandboxError> {
+        self.client.delete_process(patience(), &process.message()).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn stats(
+        &self,
+        container: &Id,
+    ) -> Result<message::StatsResponse, SandboxError> {
+        self.client.stats(patience(), &of(container)).await.map_err(failed)
+    }
+
+    pub(crate) async fn update(
+        &self,
+        container: &Id,
+        resources: Vec<u8>,
+    ) -> Result<(), SandboxError> {
+        let request = message::UpdateRequest {
+            container_id: container.to_string(),
+            resources,
+            ..Default::default()
+        };
+        self.client.update(patience(), &request).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn pause(&self, container: &Id) -> Result<(), SandboxError> {
+        self.client.pause(patience(), &of(container)).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn resume(&self, container: &Id) -> Result<(), SandboxError> {
+        self.client.resume(patience(), &of(container)).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub(crate) async fn configure_network(
+        &self,
+        network: &message::Network,
+    ) -> Result<(), SandboxError> {
+        self.client.configure_network(patience(), network).await.map_err(failed)?;
+        Ok(())
+    }
+
+    /// The next container that ran out of memory; waits for it.
+    pub(crate) async fn next_oom(&self) -> Result<Id, SandboxError> {
+        loop {
+            let event = self
+                .client
+                .next_event(context::with_timeout(0), &message::Empty::default())
+                .await
+                .map_err(failed)?;
+            if event.has_oom() {
+                return Ok(event.oom().container_id.parse()?);
+            }
+        }
+    }
+
+    /// Lets the guest write back what it holds, for at most `deadline`.
+    pub(crate) async fn sync(&self, deadline: Duration) -> Result<(), SandboxError> {
+        self.client
+            .sync(context_of(deadline), &message::Empty::default())
+            .await
+            .map_err(failed)?;
+        Ok(())
+    }
+}
+
+fn of(container: &Id) -> message::ContainerId {
+    message::ContainerId { container_id: container.to_string(), ..Default::default() }
+}
+
+fn context_of(deadline: Duration) -> Context {
+    context::with_timeout(deadline.as_nanos().try_into().unwrap_or(i64::MAX))
+}
+
+fn patience() -> Context {
+    context_of(PATIENCE)
+}
+
+fn failed(error: ttrpc::Error) -> SandboxError {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            SandboxError::Agent { code: status.code(), message: printable(status.message()) }
+        }
+        other => SandboxError::Lost(format!("a call to the agent failed: {other}")),
+    }
+}
+
+/// Text of the guest's, without what could play tricks on a terminal or a log.
+fn printable(text: &str) -> String {
+    const LONGEST: usize = 4096;
+    text.chars().take(LONGEST).filter(|c| !c.is_control() || *c == '\n').collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_of_the_guest_are_dropped() {
+        assert_eq!(printable("a\x1b[31mb\r\nc"), "a[31mb\nc");
+        assert_eq!(printable(&"x".repeat(10_000)).len(), 4096);
+    }
+}

@@ -1,0 +1,84 @@
+//! What can go wrong with a sandbox, and how an engine is told.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Why something about a sandbox failed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // each variant is its message; fields are what it names
+pub enum SandboxError {
+    #[error("cannot read {path}: {source}")]
+    Bundle { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Spec(#[from] kata_oci::SpecError),
+    #[error(transparent)]
+    Id(#[from] kata_protocol::InvalidId),
+    #[error("configuration: {0}")]
+    Config(#[from] kata_config::ConfigError),
+    #[error(transparent)]
+    Storage(#[from] kata_storage::StorageError),
+    #[error("network: {0}")]
+    Network(#[from] kata_network::NetworkError),
+    #[error("virtual machine: {0}")]
+    Hypervisor(#[from] kata_hypervisor::HypervisorError),
+    #[error("devices process: {0}")]
+    Devices(#[from] kata_devices::DevicesError),
+    #[error("channel to the guest: {0}")]
+    Channel(#[from] kata_channel::ChannelError),
+    #[error("cannot use the cgroup {path}: {source}")]
+    Cgroup { path: String, source: kata_cgroups::CgroupError },
+    #[error("{what} is missing at {path}: {remedy}")]
+    Asset { what: &'static str, path: PathBuf, remedy: &'static str },
+    #[error("{kind} hook {path}: {problem}", path = path.display())]
+    Hook { kind: &'static str, path: PathBuf, problem: String },
+    #[error("cannot write the sandbox's state to {path}: {source}")]
+    State { path: PathBuf, source: io::Error },
+    #[error("{role} (pid {pid}) did not end within {waited:?} of SIGKILL: look at it with ps")]
+    Stuck { pid: i32, role: String, waited: Duration },
+    /// The guest's agent refused; its own words.
+    #[error("{message}")]
+    Agent { code: ttrpc::Code, message: String },
+    /// The virtual machine, or a process it cannot do without, is gone.
+    #[error("the sandbox is lost: {0}")]
+    Lost(String),
+    #[error("the guest does not answer within {waited:?}: {console}")]
+    Silent { waited: Duration, console: String },
+    #[error("the guest's agent speaks version {guest} of the protocol, this runtime {host}: install matching guest assets")]
+    Version { guest: u32, host: u32 },
+    #[error("container {0} does not exist")]
+    NoContainer(String),
+    #[error("process {exec} of container {container} does not exist")]
+    NoProcess { container: String, exec: String },
+    #[error("{0} exists already")]
+    Exists(String),
+    #[error("cannot {what} {id}: it is {state}")]
+    WrongState { what: &'static str, id: String, state: &'static str },
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
+    #[error("cannot {what}: {source}")]
+    Io { what: String, source: io::Error },
+}
+
+impl SandboxError {
+    /// The ttRPC code by which engines tell errors apart.
+    pub fn code(&self) -> ttrpc::Code {
+        use ttrpc::Code;
+        match self {
+            Self::NoContainer(_) | Self::NoProcess { .. } => Code::NOT_FOUND,
+            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::WrongState { .. } => Code::FAILED_PRECONDITION,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Spec(_) | Self::Id(_) | Self::Storage(_) => Code::INVALID_ARGUMENT,
+            Self::Agent { code, .. } => *code,
+            Self::Lost(_) | Self::Silent { .. } => Code::UNAVAILABLE,
+            _ => Code::UNKNOWN,
+        }
+    }
+
+    /// An I/O error with what was attempted.
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}

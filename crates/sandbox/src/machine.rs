@@ -1,0 +1,428 @@
+//! The machine of a sandbox: VMM, devices process, channel, agent and network, started
+//! together, watched together, ended together.
+//!
+//! Any death ends the sandbox at once, with its cause: the first of them goes into `lost`,
+//! and every call that waits for the guest gives that cause instead of its own.
+
+use crate::agent::{Agent, Guest, Hello};
+use crate::network::Network;
+use crate::process::lock;
+use crate::stages::Stages;
+use crate::state::{Resource, StateFile};
+use crate::{SandboxDir, SandboxError};
+use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
+use kata_channel::{Channel, HostChannel};
+use kata_config::{SandboxConfig, Sizing};
+use kata_devices::DevicesProcess;
+use kata_hypervisor::{Console, Hypervisor, Qemu};
+use kata_network::Netns;
+use kata_oci::Spec;
+use kata_protocol::{Id, SHARE_MOUNT, SHARE_TAG, StreamHeader, agent as message};
+use kata_storage::Attachment;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{OnceCell, watch};
+
+/// How long a call that failed waits to learn which death was the cause.
+const CAUSE: Duration = Duration::from_millis(500);
+/// How long a guest may take to write back what it holds before it is ended.
+const SYNC: Duration = Duration::from_secs(2);
+
+/// What a machine is started for.
+pub(crate) struct Boot<'a> {
+    pub sandbox: &'a Id,
+    pub container: &'a Id,
+    pub dir: &'a SandboxDir,
+    pub spec: &'a Spec,
+    /// The host's file behind the container's `/etc/resolv.conf`.
+    pub resolv_conf: Option<&'a Path>,
+    pub netns: Option<Netns>,
+    pub config: Option<&'a Path>,
+}
+
+/// A running machine.
+pub(crate) struct Machine {
+    sandbox: Id,
+    first_container: Id,
+    dir: SandboxDir,
+    hypervisor: tokio::sync::Mutex<Qemu>,
+    pid: i32,
+    console: Console,
+    devices: Arc<DevicesProcess>,
+    channel: HostChannel,
+    agent: Agent,
+    guest: OnceCell<Guest>,
+    hostname: String,
+    vcpus: u32,
+    patience: Duration,
+    cgroup: Cgroup,
+    network: tokio::sync::Mutex<Option<Network>>,
+    resolv_conf: Option<PathBuf>,
+    dns: OnceCell<()>,
+    lost: watch::Sender<Option<String>>,
+    stopping: AtomicBool,
+    stopped: OnceCell<()>,
+    stages: Stages,
+}
+
+impl Machine {
+    /// Starts everything; returns while the guest boots. [`Machine::ready`] waits for it.
+    pub(crate) async fn start(
+        boot: Boot<'_>,
+        state: &Mutex<StateFile>,
+    ) -> Result<Self, SandboxError> {
+        let stages = Stages::start();
+        let config = kata_config::load(boot.config, &boot.spec.annotations)?;
+        let sizing = Sizing::of(&config, boot.spec);
+        let cgroup = join_cgroup(boot.spec, boot.container, state)?;
+        stages.mark("configuration and cgroup");
+
+        let mut network = boot.netns.map(|netns| Network::new(netns, config.network_model()));
+        let nics = network.as_mut().map(Network::add_spare).transpose()?;
+        let (devices, share) = DevicesProcess::spawn(boot.dir.path(), devices_options(&boot)?)?;
+        lock(state).record_process(devices.child().pid(), "devices process")?;
+        stages.mark("devices process started");
+
+        let vm = crate::vm_config::vm_config(&config, &sizing, boot.sandbox, share, nics)?;
+        let mut hypervisor = Qemu::new(vm)?;
+        let started = hypervisor.start().await;
+        if let Err(error) = started {
+            let _ = devices.child().kill(9);
+            return Err(error.into());
+        }
+        let pid = hypervisor.pid();
+        lock(state).record_process(pid, "virtual machine")?;
+        stages.mark("virtual machine started");
+
+        let channel = crate::vm_config::channel(&mut hypervisor)?;
+        let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
+        let machine = Self {
+            sandbox: boot.sandbox.clone(),
+            first_container: boot.container.clone(),
+            dir: boot.dir.clone(),
+            pid,
+            console: hypervisor.console(),
+            devices: Arc::new(devices),
+            channel,
+            agent,
+            guest: OnceCell::new(),
+            hostname: boot.spec.hostname.clone(),
+            vcpus: sizing.vcpus,
+            patience: config.dial_timeout(),
+            cgroup,
+            network: tokio::sync::Mutex::new(network),
+            resolv_conf: boot.resolv_conf.map(Path::to_owned),
+            dns: OnceCell::new(),
+            lost: watch::Sender::new(None),
+            stopping: AtomicBool::new(false),
+            stopped: OnceCell::new(),
+            stages,
+            hypervisor: tokio::sync::Mutex::new(hypervisor),
+        };
+        machine.watch_deaths().await;
+        Ok(machine)
+    }
+
+    /// Each process and the channel is waited for; the first to go is the cause.
+    async fn watch_deaths(&self) {
+        let vm = self.hypervisor.lock().await.exited();
+        let lost = self.lost.clone();
+        tokio::spawn(async move { tell(&lost, vm.await.to_string()) });
+
+        let (devices, lost) = (Arc::clone(&self.devices), self.lost.clone());
+        tokio::spawn(async move {
+            let cause = match devices.child().wait().await {
+                Ok(status) => format!("the devices process ended: {status}"),
+                Err(error) => format!("the devices process cannot be watched: {error}"),
+            };
+            // The VMM's own death takes the devices process along; let that be told first.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            tell(&lost, cause);
+        });
+
+        let (channel, lost) = (self.channel.clone(), self.lost.clone());
+        tokio::spawn(async move {
+            let reason = channel.closed().await;
+            tokio::time::sleep(CAUSE / 2).await;
+            tell(&lost, format!("the channel to the agent closed: {reason}"));
+        });
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// The container with which the machine ends.
+    pub(crate) fn first_container(&self) -> &Id {
+        &self.first_container
+    }
+
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    pub(crate) fn channel(&self) -> &HostChannel {
+        &self.channel
+    }
+
+    pub(crate) fn mark(&self, stage: &'static str) {
+        self.stages.mark(stage);
+    }
+
+    pub(crate) fn write_stages(&self) {
+        self.stages.write(&self.dir);
+    }
+
+    /// Puts a process that stands for one of the guest's into the sandbox's cgroup.
+    pub(crate) fn adopt(&self, pid: i32) -> Result<(), SandboxError> {
+        self.cgroup.add(pid).map_err(|source| self.cgroup_error(source))
+    }
+
+    fn cgroup_error(&self, source: CgroupError) -> SandboxError {
+        SandboxError::Cgroup { path: self.cgroup.path(), source }
+    }
+
+    /// Puts host paths into the share.
+    pub(crate) fn attach(&self, attachments: &[Attachment]) -> Result<(), SandboxError> {
+        for attachment in attachments {
+            let Attachment { source, at, readonly, recursive } = attachment;
+            self.devices.attach(source, at, *readonly, *recursive)?;
+        }
+        self.mark("share attached");
+        Ok(())
+    }
+
+    /// Takes them out again.
+    pub(crate) fn detach(&self, attached: &[PathBuf]) {
+        for at in attached.iter().rev() {
+            if let Err(error) = self.devices.detach(at) {
+                tracing::debug!(sandbox = %self.sandbox, %error, "cannot detach");
+            }
+        }
+    }
+
+    /// Waits until the guest answers, and makes it this sandbox; once.
+    pub(crate) async fn ready(&self) -> Result<(), SandboxError> {
+        let connect = async {
+            let hello = Hello {
+                sandbox: self.sandbox.to_string(),
+                hostname: self.hostname.clone(),
+                storages: vec![message::Storage {
+                    driver: "virtiofs".to_owned(),
+                    source: SHARE_TAG.to_owned(),
+                    fstype: "virtiofs".to_owned(),
+                    mount_point: SHARE_MOUNT.to_owned(),
+                    ..Default::default()
+                }],
+                online_cpus: self.vcpus,
+            };
+            let guest = self.call(self.agent.connect(hello, self.patience)).await;
+            let guest = guest.map_err(|error| match error {
+                SandboxError::Agent { code: ttrpc::Code::DEADLINE_EXCEEDED, .. } => {
+                    SandboxError::Silent { waited: self.patience, console: self.last_words() }
+                }
+                other => other,
+            })?;
+            self.mark("agent ready");
+            tracing::info!(sandbox = %self.sandbox, kernel = guest.kernel,
+                init_ms = guest.init.as_millis(), ready_ms = guest.ready.as_millis(), "guest is up");
+            Ok(guest)
+        };
+        self.guest.get_or_try_init(|| connect).await.map(|_| ())
+    }
+
+    fn last_words(&self) -> String {
+        match self.console.last_lines(20) {
+            lines if lines.is_empty() => "its console is silent".to_owned(),
+            lines => format!("its console says:\n{}", lines.join("\n")),
+        }
+    }
+
+    /// Waits for a call to the guest, or for the death of what it needs.
+    pub(crate) async fn call<T>(
+        &self,
+        call: impl Future<Output = Result<T, SandboxError>>,
+    ) -> Result<T, SandboxError> {
+        let result = tokio::select! {
+            biased;
+            result = call => result,
+            cause = self.lost() => Err(SandboxError::Lost(cause)),
+        };
+        match result {
+            Err(error) => Err(self.explain(error).await),
+            ok => ok,
+        }
+    }
+
+    /// The death behind an error, when there was one.
+    pub(crate) async fn explain(&self, error: SandboxError) -> SandboxError {
+        if !matches!(error, SandboxError::Lost(_) | SandboxError::Channel(_)) {
+            return error;
+        }
+        match tokio::time::timeout(CAUSE, self.lost()).await {
+            Ok(cause) => SandboxError::Lost(cause),
+            Err(_) => error,
+        }
+    }
+
+    /// Waits for the end of the machine; gives its cause.
+    pub(crate) async fn lost(&self) -> String {
+        let mut lost = self.lost.subscribe();
+        match lost.wait_for(Option::is_some).await {
+            Ok(cause) => cause.clone().unwrap_or_default(),
+            // The sender is ours; this cannot be.
+            Err(_) => String::new(),
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.is_stopping() || self.lost.borrow().is_some()
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Joins what is new in the engine's namespace; gives the guest's network when the
+    /// guest does not know it yet.
+    pub(crate) async fn network_change(&self) -> Result<Option<message::Network>, SandboxError> {
+        let mut slot = self.network.lock().await;
+        let Some(network) = slot.as_mut() else { return Ok(None) };
+        for _ in 0..network.missing()? {
+            let (tap, mac) = network.add_spare()?;
+            let nic = crate::vm_config::nic(tap, mac);
+            self.hypervisor.lock().await.plug(nic).await?;
+        }
+        let resolver = self.resolver();
+        let change = network.sync(resolver)?;
+        if let (Some(address), Some(_)) = (resolver, &change) {
+            let netns = network.netns();
+            self.dns.get_or_try_init(|| self.serve_dns(netns, address)).await?;
+        }
+        Ok(change.map(|change| change.network))
+    }
+
+    /// Docker's embedded resolver listens on a loopback address of the namespace, which
+    /// the guest cannot reach but through us.
+    fn resolver(&self) -> Option<IpAddr> {
+        let text = std::fs::read_to_string(self.resolv_conf.as_ref()?).ok()?;
+        kata_network::loopback_nameserver(&text)
+    }
+
+    async fn serve_dns(&self, netns: Arc<Netns>, address: IpAddr) -> Result<(), SandboxError> {
+        let stream = self.channel.open(&StreamHeader::dns()).await?;
+        let sandbox = self.sandbox.clone();
+        tokio::spawn(async move {
+            if let Err(error) = kata_network::serve_dns(&netns, address, stream).await {
+                tracing::warn!(%sandbox, %error, "names are no longer resolved for the guest");
+            }
+        });
+        Ok(())
+    }
+
+    /// Follows the engine's namespace from now on: networks that are connected later.
+    pub(crate) fn watch_network(self: &Arc<Self>) {
+        let machine = Arc::clone(self);
+        tokio::spawn(async move {
+            let followed = tokio::select! {
+                followed = machine.follow_network() => followed,
+                _cause = machine.lost() => Ok(()),
+            };
+            if let Err(error) = followed {
+                tracing::warn!(sandbox = %machine.sandbox, %error,
+                    "changes of the network are no longer followed");
+            }
+        });
+    }
+
+    async fn follow_network(&self) -> Result<(), SandboxError> {
+        let netns = match self.network.lock().await.as_ref() {
+            Some(network) => network.netns(),
+            None => return Ok(()),
+        };
+        let mut changes = kata_network::Changes::watch(&netns)?;
+        loop {
+            if let Some(network) = self.network_change().await? {
+                self.call(self.agent.configure_network(&network)).await?;
+            }
+            changes.next().await?;
+        }
+    }
+
+    /// Ends the machine: the guest writes back what it holds, then everything goes.
+    /// Waits until it is gone, also when another call is ending it.
+    pub(crate) async fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.stopped.get_or_init(|| self.end()).await;
+    }
+
+    async fn end(&self) {
+        if self.lost.borrow().is_none() && self.guest.initialized() {
+            let synced = tokio::time::timeout(SYNC, self.call(self.agent.sync(SYNC))).await;
+            if !matches!(synced, Ok(Ok(()))) {
+                tracing::warn!(sandbox = %self.sandbox, "the guest was ended before it wrote back all it held");
+            }
+        }
+        if let Err(error) = self.hypervisor.lock().await.stop().await {
+            tracing::warn!(sandbox = %self.sandbox, %error, "cannot stop the virtual machine in order");
+        }
+        let _ = self.devices.child().kill(libc::SIGKILL);
+        let _ = self.devices.child().wait().await;
+        if let Some(network) = self.network.lock().await.as_mut() {
+            network.unjoin();
+        }
+        tell(&self.lost, "it was stopped".to_owned());
+    }
+}
+
+fn tell(lost: &watch::Sender<Option<String>>, cause: String) {
+    lost.send_if_modified(|known| {
+        let first = known.is_none();
+        known.get_or_insert(cause);
+        first
+    });
+}
+
+fn devices_options(boot: &Boot<'_>) -> Result<kata_devices::Options, SandboxError> {
+    let log: OwnedFd = std::fs::File::options()
+        .append(true)
+        .create(true)
+        .open(boot.dir.log())
+        .map_err(SandboxError::io("open the sandbox's log"))?
+        .into();
+    Ok(kata_devices::Options {
+        title: format!("kata-devices {}", boot.sandbox).into(),
+        stderr: Some(log),
+        ..Default::default()
+    })
+}
+
+/// Makes the container's cgroup and moves this process into it, so that all it starts is
+/// counted there. Written down first.
+fn join_cgroup(
+    spec: &Spec,
+    container: &Id,
+    state: &Mutex<StateFile>,
+) -> Result<Cgroup, SandboxError> {
+    let named = spec.linux().cgroups_path.clone();
+    let failed = |source| SandboxError::Cgroup { path: named.clone().unwrap_or_default(), source };
+    let path =
+        kata_cgroups::container_path(named.as_deref(), container.as_str()).map_err(failed)?;
+    let hierarchy = Hierarchy::detect().map_err(failed)?;
+    lock(state).record(Resource::Cgroup { path: path.clone() })?;
+    let cgroup = Cgroup::create(&hierarchy, &path).map_err(failed)?;
+    cgroup.add(std::process::id().cast_signed()).map_err(failed)?;
+    Ok(cgroup)
+}
+
+/// Moves this process to where the host's first process is, so that its cgroup can go.
+pub(crate) fn leave_cgroup() -> Result<(), SandboxError> {
+    let failed = |source| SandboxError::Cgroup { path: "/".to_owned(), source };
+    let hierarchy = Hierarchy::detect().map_err(failed)?;
+    let home = Cgroup::of_process(&hierarchy, 1).map_err(failed)?;
+    home.add(std::process::id().cast_signed()).map_err(failed)
+}
