@@ -1,1 +1,4 @@
 //! .
+
+pub mod dns;
+pub mod network;

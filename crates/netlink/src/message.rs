@@ -9,6 +9,8 @@ pub mod flags {
     pub const NEW: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
     /// The object is made, or changed if it is there.
     pub const SET: u16 = (libc::NLM_F_CREATE | libc::NLM_F_REPLACE) as u16;
+    /// The object is made, beside others like it.
+    pub const APPEND: u16 = (libc::NLM_F_CREATE | libc::NLM_F_APPEND) as u16;
     /// The object must be there.
     pub const NONE: u16 = 0;
     pub(crate) const DUMP: u16 = libc::NLM_F_DUMP as u16;

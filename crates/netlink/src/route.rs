@@ -96,9 +96,10 @@ impl Route {
         self.protocol == RTPROT_RA
     }
 
-    /// Makes it so; replaces a route to the same destination with the same metric.
+    /// Adds it, behind any other to the same destination with the same metric (each of two
+    /// interfaces has its own to `fe80::/64`).
     pub fn add(&self) -> Request {
-        let mut request = self.request("add a route", libc::RTM_NEWROUTE, flags::SET);
+        let mut request = self.request("add a route", libc::RTM_NEWROUTE, flags::APPEND);
         if let Some(source) = &self.source {
             request = request.attr(libc::RTA_PREFSRC, octets(source).as_ref());
         }
