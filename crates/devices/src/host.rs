@@ -1,0 +1,188 @@
+//! The server's side: start the process, attach and detach.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use kata_jail::{Child, Launch, Role};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{AtFlags, Mode, OFlags, open, unlinkat};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+
+use crate::error::Error;
+use crate::handshake::{self, Message};
+use crate::mounts::{self, MountError};
+use crate::path::SharePath;
+use crate::serve::{Arguments, Cache, FD_HANDSHAKE, FD_LISTENER};
+
+/// Name of the vhost-user socket while it is being connected.
+const SOCKET_NAME: &str = "devices.sock";
+/// Longest time from start to ready. It takes some ten milliseconds on an idle machine.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How the share is served.
+#[derive(Debug)]
+pub struct Options {
+    /// What the process calls itself (`argv[0]`), for people who look at `ps`.
+    pub title: OsString,
+    /// What the guest may keep in its page cache.
+    pub cache: Cache,
+    /// Threads beside the one that reads the queue; 0: that one does the work.
+    pub threads: usize,
+    /// Let the guest see each attached file system as one of its own (`st_dev`).
+    pub announce_submounts: bool,
+    /// Where its warnings go; nowhere when absent.
+    pub stderr: Option<OwnedFd>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            title: "kata-devices".into(),
+            cache: Cache::Auto,
+            threads: 0,
+            announce_submounts: false,
+            stderr: None,
+        }
+    }
+}
+
+/// The server's handle of a devices process.
+///
+/// Dropping it does not end the process: that ends by itself when the VMM or the server does.
+#[derive(Debug)]
+pub struct DevicesProcess {
+    child: Child,
+    /// The line on which it says that it is ready, until it has.
+    starting: Mutex<Option<UnixStream>>,
+}
+
+impl DevicesProcess {
+    /// Starts the process and gives the connected vhost-user socket for the VMM.
+    ///
+    /// Returns at once; the first [`attach`](Self::attach) waits until the process is ready.
+    /// `dir` is a directory that only root can enter; the socket's name is in it for an
+    /// instant. The process is killed when the calling thread ends.
+    pub fn spawn(dir: &Path, options: Options) -> Result<(Self, OwnedFd), Error> {
+        let failed = |source| Error::Socket { dir: dir.to_owned(), source };
+        let (listener, connected) = connected_listener(dir).map_err(failed)?;
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        ours.set_read_timeout(Some(READY_TIMEOUT)).map_err(failed)?;
+        let arguments = Arguments {
+            cache: options.cache,
+            threads: options.threads,
+            announce_submounts: options.announce_submounts,
+        };
+        let mut launch = Launch::role(Role::Devices, options.title, &arguments)?
+            .fd(listener, FD_LISTENER)
+            .fd(theirs.into(), FD_HANDSHAKE)
+            .pid_namespace()
+            .die_with_parent();
+        if let Some(stderr) = options.stderr {
+            launch = launch.stderr(stderr);
+        }
+        let child = launch.spawn()?;
+        Ok((Self { child, starting: Mutex::new(Some(ours)) }, connected))
+    }
+
+    /// The process, to watch its end.
+    pub fn child(&self) -> &Child {
+        &self.child
+    }
+
+    /// Waits until the process is in its jail and can serve.
+    pub fn ready(&self) -> Result<(), Error> {
+        let mut starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(line) = &*starting else { return Ok(()) };
+        match handshake::receive(line) {
+            Ok(Message::Ready) => {
+                *starting = None;
+                Ok(())
+            }
+            Ok(Message::Failed(cause)) => Err(Error::Refused(cause)),
+            Ok(Message::Nothing) => Err(self.died()),
+            Err(_) => Err(Error::Silent(READY_TIMEOUT.as_secs())),
+        }
+    }
+
+    /// Puts the host's `source` (a directory or a file; symbolic links are followed) into the
+    /// share at `at`, with the mounts below it when `recursive`. It is visible on return.
+    ///
+    /// A read-only one is so in the host's mount table, whatever the guest does. Mounts that
+    /// the host makes later below a writable one appear in it, too.
+    pub fn attach(
+        &self,
+        source: &Path,
+        at: &Path,
+        readonly: bool,
+        recursive: bool,
+    ) -> Result<(), Error> {
+        let at = SharePath::new(at)?;
+        self.ready()?;
+        let tree = mounts::clone_tree(source, readonly, recursive)
+            .map_err(|e| Error::Source { path: source.to_owned(), source: e })?;
+        mounts::mount_in(self.child.pidfd(), tree.as_fd(), &at).map_err(|e| {
+            let (source_path, at) = (source.to_owned(), at.as_path().to_owned());
+            match e {
+                MountError::Occupied => Error::Occupied { source_path, at },
+                MountError::Io(e) if is_gone(&e) => self.died(),
+                MountError::Io(source) => Error::Attach { source_path, at, source },
+            }
+        })
+    }
+
+    /// Takes what was attached at `at` out of the share. Nothing is left to do when the
+    /// process has ended.
+    ///
+    /// Files that the guest still holds open stay usable for it until it closes them.
+    pub fn detach(&self, at: &Path) -> Result<(), Error> {
+        let at = SharePath::new(at)?;
+        match mounts::unmount_in(self.child.pidfd(), &at) {
+            Err(error) if is_gone(&error) => Ok(()),
+            Err(source) => Err(Error::Detach { at: at.as_path().to_owned(), source }),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// It is ending or has ended; gives it a moment to have a status.
+    fn died(&self) -> Error {
+        let pidfd = self.child.pidfd();
+        let mut ended = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+        let moment = Timespec { tv_sec: 1, tv_nsec: 0 };
+        // Without a status the error says that there is none yet.
+        let _ = rustix::event::poll(&mut ended, Some(&moment));
+        Error::Died(self.child.try_wait().ok().flatten())
+    }
+}
+
+/// The process has ended, or is about to.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// A listening socket with one connection waiting in it, and the other end of that.
+///
+/// The vhost-user library accepts a connection; QEMU inherits one. So both are made here,
+/// and nobody ever has to wait for a name to appear.
+fn connected_listener(dir: &Path) -> io::Result<(OwnedFd, OwnedFd)> {
+    let dir = open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    // Through the descriptor: a socket's name has 107 bytes at most, a directory's has not.
+    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_raw_fd()))?;
+    let make = || socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let (listener, connected) = (make()?, make()?);
+    match unlinkat(&dir, SOCKET_NAME, AtFlags::empty()) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(error) => return Err(error.into()),
+    }
+    bind(&listener, &address)?;
+    let result = listen(&listener, 1).and_then(|()| connect(&connected, &address));
+    unlinkat(&dir, SOCKET_NAME, AtFlags::empty())?;
+    result?;
+    Ok((listener, connected))
+}
