@@ -51,7 +51,22 @@ impl Child {
     /// # Errors
     /// `ECHILD` when somebody else waited for it.
     pub fn try_wait(&self) -> io::Result<Option<ExitStatus>> {
-        self.reap(WaitIdOptions::NOHANG)
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if status.is_some() {
+            return Ok(*status);
+        }
+        let found = rustix::process::waitid(
+            WaitId::PidFd(self.pidfd.as_fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        )?;
+        *status = found.map(|found| {
+            let core = if found.dumped() { 0x80 } else { 0 };
+            ExitStatus::from_raw(match (found.exit_status(), found.terminating_signal()) {
+                (Some(code), _) => (code & 0xff) << 8,
+                (None, signal) => signal.unwrap_or(libc::SIGKILL) | core,
+            })
+        });
+        Ok(*status)
     }
 
     /// Waits until the process has ended. May be called again, and by several tasks.
@@ -77,28 +92,21 @@ impl Child {
         }
     }
 
-    /// Waits, blocking: for a process that is known to be ending.
-    pub(crate) fn reap_now(&self) -> io::Result<Option<ExitStatus>> {
-        self.reap(WaitIdOptions::empty())
-    }
-
-    fn reap(&self, options: WaitIdOptions) -> io::Result<Option<ExitStatus>> {
-        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-        if status.is_some() {
-            return Ok(*status);
+    /// Waits, blocking this thread, until the process has ended.
+    ///
+    /// # Errors
+    /// `ECHILD` when somebody else waited for it.
+    pub fn wait_blocking(&self) -> io::Result<ExitStatus> {
+        loop {
+            // Without the lock, so that others may look meanwhile.
+            rustix::process::waitid(
+                WaitId::PidFd(self.pidfd.as_fd()),
+                WaitIdOptions::EXITED | WaitIdOptions::NOWAIT,
+            )?;
+            if let Some(status) = self.try_wait()? {
+                return Ok(status);
+            }
         }
-        let found = rustix::process::waitid(
-            WaitId::PidFd(self.pidfd.as_fd()),
-            WaitIdOptions::EXITED | options,
-        )?;
-        *status = found.map(|found| {
-            let core = if found.dumped() { 0x80 } else { 0 };
-            ExitStatus::from_raw(match (found.exit_status(), found.terminating_signal()) {
-                (Some(code), _) => (code & 0xff) << 8,
-                (None, signal) => signal.unwrap_or(libc::SIGKILL) | core,
-            })
-        });
-        Ok(*status)
     }
 }
 

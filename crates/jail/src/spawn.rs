@@ -89,7 +89,7 @@ pub(crate) fn spawn(plan: &Plan) -> Result<Child, Failure> {
     match unsafe { ptr::read_volatile(&raw const shared.failure) } {
         None => Ok(child),
         Some((step, errno)) => {
-            let _ = child.reap_now();
+            let _ = child.wait_blocking();
             Err(Failure { step, source: io::Error::from_raw_os_error(errno) })
         }
     }
