@@ -65,6 +65,23 @@ impl FdIo {
         }
     }
 
+    /// Writes all of it, waiting where needed.
+    ///
+    /// # Errors
+    /// What `write` gives; part may have been written then.
+    pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let mut guard = self.fd.writable().await?;
+            if let Ok(result) = guard.try_io(|_| self.write_now(&[IoSlice::new(bytes)])) {
+                match result? {
+                    0 => return Err(io::ErrorKind::WriteZero.into()),
+                    count => bytes = &bytes[count..],
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn write_now(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
             match rustix::io::writev(&self.fd, slices) {

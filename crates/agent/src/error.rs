@@ -1,0 +1,124 @@
+//! What can go wrong in a call, and which ttRPC code says it. One place for both.
+
+use std::error::Error;
+use std::fmt::Write as _;
+
+use kata_cgroups::CgroupError;
+use kata_oci::SpecError;
+use kata_protocol::InvalidId;
+use ttrpc::Code;
+
+use crate::container::ContainerError;
+use crate::storage::StorageError;
+
+/// Why a call failed. The texts reach the engine's user.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// No such container or process.
+    #[error("{0} does not exist")]
+    NotFound(String),
+    /// The process has ended already.
+    #[error("process already finished")]
+    Finished,
+    /// The id is taken.
+    #[error("{0} exists already")]
+    Exists(String),
+    /// Not now.
+    #[error("{0}")]
+    Precondition(String),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// A bad id.
+    #[error(transparent)]
+    Id(#[from] InvalidId),
+    /// JSON that is none of the specification's.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Enough is enough.
+    #[error("{0} is the limit")]
+    Limit(String),
+    /// The container or its process could not be built.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// A cgroup would not do.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// Something could not be mounted.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The network could not be set up.
+    #[error("cannot configure the guest's network: {0}")]
+    Network(String),
+    /// A system call failed.
+    #[error("cannot {0}")]
+    System(&'static str, #[source] std::io::Error),
+    /// Nobody will answer this any more.
+    #[error("the call was given up")]
+    GivenUp,
+}
+
+impl AgentError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) | Self::Finished => Code::NOT_FOUND,
+            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::Precondition(_) | Self::Container(ContainerError::NotRunning(_)) => {
+                Code::FAILED_PRECONDITION
+            }
+            Self::Invalid(_)
+            | Self::Id(_)
+            | Self::Spec(_)
+            | Self::Container(
+                ContainerError::Spec(_)
+                | ContainerError::Seccomp(_)
+                | ContainerError::Unsupported(_),
+            ) => Code::INVALID_ARGUMENT,
+            Self::Limit(_) => Code::RESOURCE_EXHAUSTED,
+            // The program is not there or cannot be run: runc's words tell, as with runc.
+            Self::Container(_) => Code::UNKNOWN,
+            Self::GivenUp => Code::CANCELLED,
+            Self::Cgroup(_) | Self::Storage(_) | Self::Network(_) | Self::System(..) => {
+                Code::INTERNAL
+            }
+        }
+    }
+}
+
+impl From<AgentError> for ttrpc::Error {
+    fn from(error: AgentError) -> Self {
+        Self::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
+    }
+}
+
+/// An error with its causes, in one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let _ = write!(text, ": {error}");
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once_each() {
+        let error = AgentError::System("set the clock", std::io::Error::from_raw_os_error(1));
+        assert_eq!(chain(&error), "cannot set the clock: Operation not permitted (os error 1)");
+    }
+
+    #[test]
+    fn a_missing_container_is_not_found() {
+        let ttrpc::Error::RpcStatus(status) = AgentError::NotFound("container x".into()).into()
+        else {
+            panic!("no status");
+        };
+        assert_eq!(status.code(), Code::NOT_FOUND);
+        assert_eq!(status.message(), "container x does not exist");
+    }
+}

@@ -1,0 +1,130 @@
+//! Serves the agent's calls and streams on whatever carries the channel.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::unfold;
+use kata_channel::{Acceptor, CloseReason, PortError, SerialPort, Stream};
+use kata_protocol::{SERIAL_PORT, StreamKind, VSOCK_PORT, agent_ttrpc};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use crate::service::{Agent, Service};
+use crate::uevent;
+
+/// How long the virtio-serial port may take to show up.
+const PORT_TIME: Duration = Duration::from_secs(10);
+
+/// What carries the channel.
+#[derive(Debug)]
+pub enum Carrier {
+    /// The virtio-serial port. The host may close it and connect anew.
+    Serial,
+    /// vsock connections.
+    Vsock,
+    /// A connected socket, for tests.
+    Socket(OwnedFd),
+}
+
+/// Why the agent cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// No port.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// No vsock.
+    #[error("cannot listen on vsock port {VSOCK_PORT}")]
+    Vsock(#[source] io::Error),
+    /// The given socket is none.
+    #[error("cannot use the inherited socket")]
+    Socket(#[source] io::Error),
+    /// The ttRPC server.
+    #[error("cannot start the ttRPC server")]
+    Ttrpc(#[source] ttrpc::Error),
+}
+
+/// Serves until the channel ends; a virtio-serial port never does.
+///
+/// # Errors
+/// When there is no channel to serve on.
+pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError> {
+    let (calls, accepted) = mpsc::channel::<Stream>(4);
+    let incoming = unfold(accepted, |mut accepted| async move {
+        let stream = accepted.recv().await?;
+        Some((Ok::<_, io::Error>(stream), accepted))
+    });
+    let service = Arc::new(Service(Arc::clone(&agent)));
+    let mut server = Server::new()
+        .register_service(agent_ttrpc::create_agent(service))
+        .add_listener(Listener::new(incoming));
+    server.start().await.map_err(ServeError::Ttrpc)?;
+    match carrier {
+        Carrier::Serial => {
+            let port = port().await?;
+            loop {
+                let connection = port.connection().await?;
+                let reason = session(&agent, Acceptor::multiplexed(connection), &calls).await;
+                tracing::info!(%reason, "channel closed");
+            }
+        }
+        Carrier::Vsock => {
+            let address = VsockAddr::new(VMADDR_CID_ANY, VSOCK_PORT);
+            let listener = VsockListener::bind(address).map_err(ServeError::Vsock)?;
+            let reason = session(&agent, Acceptor::vsock(listener), &calls).await;
+            tracing::error!(%reason, "channel closed");
+        }
+        Carrier::Socket(socket) => {
+            let socket = std::os::unix::net::UnixStream::from(socket);
+            let socket = socket
+                .set_nonblocking(true)
+                .and_then(|()| UnixStream::from_std(socket))
+                .map_err(ServeError::Socket)?;
+            let reason = session(&agent, Acceptor::multiplexed(socket), &calls).await;
+            tracing::debug!(%reason, "channel closed");
+        }
+    }
+    Ok(())
+}
+
+/// Hands the streams of one connection to where they belong.
+async fn session(
+    agent: &Agent,
+    mut acceptor: Acceptor,
+    calls: &mpsc::Sender<Stream>,
+) -> CloseReason {
+    let reason = loop {
+        let (header, stream) = match acceptor.accept().await {
+            Ok(accepted) => accepted,
+            Err(reason) => break reason,
+        };
+        match header.kind {
+            // The server takes streams as long as the agent lives.
+            StreamKind::Rpc => drop(calls.send(stream).await),
+            StreamKind::Dns => agent.networking.dns_stream(stream),
+            StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr => {
+                agent.streams.arrived(header, stream);
+            }
+        }
+    };
+    agent.streams.channel_lost();
+    reason
+}
+
+/// The port's device may be there before its name, and both after us.
+async fn port() -> Result<SerialPort, PortError> {
+    let mut last = None;
+    let found = uevent::wait_for(PORT_TIME, || match SerialPort::open(SERIAL_PORT) {
+        Ok(port) => Some(port),
+        Err(error) => {
+            last = Some(error);
+            None
+        }
+    })
+    .await;
+    found.map_err(|_| last.unwrap_or_else(|| PortError::Missing(SERIAL_PORT.to_owned())))
+}

@@ -1,0 +1,107 @@
+//! Turns what the kernel counts into the answer of `Stats`.
+
+use std::fs;
+
+use kata_cgroups::Stats;
+use kata_protocol::agent::{
+    CpuStats, InterfaceStats, IoStats, MemoryStats, PidsStats, StatsResponse,
+};
+
+use crate::service::some;
+
+/// The answer.
+pub fn response(used: Stats, interfaces: Vec<InterfaceStats>) -> StatsResponse {
+    StatsResponse {
+        cpu: some(CpuStats {
+            usage_usec: used.cpu.usage_usec,
+            user_usec: used.cpu.user_usec,
+            system_usec: used.cpu.system_usec,
+            periods: used.cpu.periods,
+            throttled_periods: used.cpu.throttled_periods,
+            throttled_usec: used.cpu.throttled_usec,
+            ..CpuStats::default()
+        }),
+        memory: some(MemoryStats {
+            usage: used.memory.usage,
+            limit: used.memory.limit,
+            peak: used.memory.peak,
+            swap_usage: used.memory.swap_usage,
+            swap_limit: used.memory.swap_limit,
+            failures: used.memory.failures,
+            oom_kills: used.memory.oom_kills,
+            stat: used.memory.stat.into_iter().collect(),
+            ..MemoryStats::default()
+        }),
+        pids: some(PidsStats {
+            current: used.pids.current,
+            limit: used.pids.limit,
+            ..PidsStats::default()
+        }),
+        io: used
+            .io
+            .into_iter()
+            .map(|io| IoStats {
+                major: io.major,
+                minor: io.minor,
+                read_bytes: io.read_bytes,
+                write_bytes: io.write_bytes,
+                read_ops: io.read_ops,
+                write_ops: io.write_ops,
+                ..IoStats::default()
+            })
+            .collect(),
+        interfaces,
+        ..StatsResponse::default()
+    }
+}
+
+/// The guest's interfaces, but loopback.
+pub fn interfaces() -> Vec<InterfaceStats> {
+    parse_interfaces(&fs::read_to_string("/proc/net/dev").unwrap_or_default())
+}
+
+fn parse_interfaces(text: &str) -> Vec<InterfaceStats> {
+    text.lines()
+        .filter_map(|line| {
+            let (name, counters) = line.split_once(':')?;
+            let numbers: Vec<u64> =
+                counters.split_ascii_whitespace().filter_map(|n| n.parse().ok()).collect();
+            let [rx_bytes, rx_packets, rx_errors, rx_dropped, _, _, _, _, tx @ ..] =
+                numbers.as_slice()
+            else {
+                return None;
+            };
+            let [tx_bytes, tx_packets, tx_errors, tx_dropped, ..] = tx else { return None };
+            Some(InterfaceStats {
+                name: name.trim().to_owned(),
+                rx_bytes: *rx_bytes,
+                rx_packets: *rx_packets,
+                rx_errors: *rx_errors,
+                rx_dropped: *rx_dropped,
+                tx_bytes: *tx_bytes,
+                tx_packets: *tx_packets,
+                tx_errors: *tx_errors,
+                tx_dropped: *tx_dropped,
+                ..InterfaceStats::default()
+            })
+        })
+        .filter(|interface| interface.name != "lo")
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interface_counters_are_read_and_loopback_is_left_out() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets\n    \
+            lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n  \
+            eth0: 100 2 3 4 0 0 0 0 900 10 11 12 0 0 0 0\n";
+        let interfaces = parse_interfaces(text);
+        assert_eq!(interfaces.len(), 1);
+        assert_eq!(interfaces[0].name, "eth0");
+        assert_eq!((interfaces[0].rx_bytes, interfaces[0].tx_bytes), (100, 900));
+        assert_eq!((interfaces[0].rx_dropped, interfaces[0].tx_dropped), (4, 12));
+    }
+}
