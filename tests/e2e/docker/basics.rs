@@ -1,0 +1,143 @@
+//! What the articles show first, and exit codes.
+
+use anyhow::{Context, Result, ensure};
+use kata_e2e::command;
+use kata_e2e::docker::{Docker, IMAGE};
+use kata_e2e::runner::Trial;
+use kata_e2e::trials;
+
+pub fn trials() -> Vec<Trial<Docker>> {
+    trials!["basics":
+        Both: exit_codes_are_the_processes, missing_command_exits_127_and_says_so,
+            file_that_is_no_program_exits_126, uname_is_of_the_expected_kernel,
+            mount_shows_what_an_oci_runtime_mounts, environment_workdir_and_hostname_arrive,
+            users_and_groups_are_applied, add_host_and_dns_options_are_in_etc;
+        Kata: mount_shows_a_root_from_kata_shared, free_shows_the_vms_memory,
+            one_vcpu_is_the_default;
+    ]
+}
+
+fn exit_codes_are_the_processes(docker: &Docker) -> Result<()> {
+    for code in [0, 1, 3, 255] {
+        docker.cmd(&format!("run --rm {IMAGE} sh -c 'exit {code}'"))?.expect_code(code)?;
+    }
+    let container = docker.sleeper("")?;
+    docker.ok(&format!("kill {}", container.name))?;
+    ensure!(docker.ok(&format!("wait {}", container.name))? == "137");
+    Ok(())
+}
+
+fn missing_command_exits_127_and_says_so(docker: &Docker) -> Result<()> {
+    let output = docker.cmd(&format!("run --rm {IMAGE} no-such-command"))?.expect_code(127)?;
+    let said = output.err();
+    ensure!(
+        said.contains("no-such-command") && said.contains("executable file not found"),
+        "{said}"
+    );
+    Ok(())
+}
+
+fn file_that_is_no_program_exits_126(docker: &Docker) -> Result<()> {
+    let output = docker.cmd(&format!("run --rm {IMAGE} /bin/not-a-program"))?.expect_code(126)?;
+    ensure!(output.err().to_lowercase().contains("permission denied"), "{}", output.err());
+    Ok(())
+}
+
+fn uname_is_of_the_expected_kernel(docker: &Docker) -> Result<()> {
+    let host = command::ok(std::process::Command::new("uname").arg("-r"))?.out();
+    let guest = docker.ok(&format!("run --rm {IMAGE} uname -r"))?;
+    let all = docker.ok(&format!("run --rm {IMAGE} uname -a"))?;
+    ensure!((guest != host) == docker.is_kata(), "host {host}, container {guest}");
+    ensure!(all.starts_with("Linux ") && all.contains(&guest), "{all}");
+    Ok(())
+}
+
+fn mount_shows_what_an_oci_runtime_mounts(docker: &Docker) -> Result<()> {
+    let mounts = docker.ok(&format!("run --rm {IMAGE} mount"))?;
+    let expected = [
+        " on / type ",
+        "proc on /proc type proc ",
+        "tmpfs on /dev type tmpfs ",
+        "devpts on /dev/pts type devpts ",
+        "sysfs on /sys type sysfs (ro",
+        " on /sys/fs/cgroup",
+        "mqueue on /dev/mqueue type mqueue ",
+        " on /dev/shm type tmpfs ",
+        " on /etc/resolv.conf type ",
+        " on /etc/hostname type ",
+        " on /etc/hosts type ",
+    ];
+    for part in expected {
+        ensure!(mounts.contains(part), "{part:?} is not in\n{mounts}");
+    }
+    Ok(())
+}
+
+fn mount_shows_a_root_from_kata_shared(docker: &Docker) -> Result<()> {
+    let mounts = docker.ok(&format!("run --rm {IMAGE} mount"))?;
+    ensure!(mounts.lines().any(|l| l.starts_with("kataShared on / type ")), "{mounts}");
+    Ok(())
+}
+
+fn free_shows_the_vms_memory(docker: &Docker) -> Result<()> {
+    let free = docker.ok(&format!("run --rm {IMAGE} free -m"))?;
+    let total: u32 = free
+        .lines()
+        .find_map(|line| line.strip_prefix("Mem:"))
+        .and_then(|line| line.split_whitespace().next())
+        .context("free has no Mem: line")?
+        .parse()?;
+    ensure!((1850..=2048).contains(&total), "{free}");
+    Ok(())
+}
+
+fn one_vcpu_is_the_default(docker: &Docker) -> Result<()> {
+    let cpus = docker.ok(&format!("run --rm {IMAGE} nproc"))?;
+    ensure!(cpus == "1", "{cpus}");
+    Ok(())
+}
+
+fn environment_workdir_and_hostname_arrive(docker: &Docker) -> Result<()> {
+    let seen = docker.sh(
+        "-e COLOUR=green -e 'TWO=a b' -w /made/here --hostname box --domainname example.test",
+        "echo $COLOUR; echo $TWO; pwd; hostname; cat /proc/sys/kernel/domainname; cat /etc/hostname",
+    )?;
+    let expected = ["green", "a b", "/made/here", "box", "example.test", "box"];
+    // Docker writes the full name into /etc/hostname.
+    let lines: Vec<_> = seen.lines().map(|l| l.trim_end_matches(".example.test")).collect();
+    ensure!(lines == expected, "{lines:?}");
+    Ok(())
+}
+
+fn users_and_groups_are_applied(docker: &Docker) -> Result<()> {
+    for (options, expected) in [
+        ("", "0 0 0"),
+        ("-u 1234", "1234 0 0"),
+        ("-u 1234:4321", "1234 4321 4321"),
+        ("-u alice", "1000 1000 1000 29 3000"),
+        ("-u alice --group-add 77 --group-add audio", "1000 1000 1000 29 77 3000"),
+    ] {
+        let seen = docker.sh(options, "echo $(id -u) $(id -g) $(id -G)")?;
+        let sorted = |text: &str| {
+            let mut numbers: Vec<u32> = text.split(' ').filter_map(|n| n.parse().ok()).collect();
+            numbers[2..].sort_unstable();
+            numbers.dedup();
+            numbers
+        };
+        ensure!(sorted(&seen) == sorted(expected), "{options}: {seen} instead of {expected}");
+    }
+    let home = docker.sh("-u alice", "echo $HOME")?;
+    ensure!(home == "/home/alice", "{home}");
+    Ok(())
+}
+
+fn add_host_and_dns_options_are_in_etc(docker: &Docker) -> Result<()> {
+    let seen = docker.sh(
+        "--add-host other:192.0.2.77 --dns 192.0.2.53 --dns-search example.test",
+        "cat /etc/hosts /etc/resolv.conf",
+    )?;
+    for part in ["192.0.2.77\tother", "nameserver 192.0.2.53", "search example.test"] {
+        ensure!(seen.contains(part), "{part:?} is not in\n{seen}");
+    }
+    Ok(())
+}

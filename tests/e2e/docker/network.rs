@@ -1,0 +1,196 @@
+//! Networks as Docker gives them.
+
+use std::io::{Read, Write};
+use std::net::{TcpStream, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kata_e2e::command::{self, PATIENCE};
+use kata_e2e::docker::Docker;
+use kata_e2e::runner::Trial;
+use kata_e2e::trials;
+
+pub fn trials() -> Vec<Trial<Docker>> {
+    trials!["network":
+        Both: default_bridge_reaches_gateway_and_neighbour, network_none_has_loopback_only,
+            published_port_answers, published_udp_port_answers, user_network_resolves_names,
+            ipv6_network_works, several_networks_give_several_interfaces,
+            network_can_be_joined_while_running, mtu_is_the_networks,
+            fixed_address_and_mac_are_kept, alias_resolves_to_all;
+        Kata: host_network_is_refused_with_a_reason,
+            network_of_another_container_is_refused_with_a_reason;
+    ]
+}
+
+const SERVE: &str = "httpd -f -p 80 -h /var/www";
+
+fn default_bridge_reaches_gateway_and_neighbour(docker: &Docker) -> Result<()> {
+    let server = docker.detached("", SERVE)?;
+    let address = server.address("bridge")?;
+    let script = format!(
+        "ip -4 addr show eth0 | grep -o 'inet [0-9.]*'; gw=$(ip route | awk '/default/ {{ print $3 }}'); \
+         ping -c1 -W20 $gw > /dev/null && echo gateway; wget -qO- http://{address}/"
+    );
+    let seen = docker.sh("", &script)?;
+    ensure!(
+        seen.starts_with("inet 172.") && seen.ends_with("gateway\nhello from the image"),
+        "{seen}"
+    );
+    Ok(())
+}
+
+fn network_none_has_loopback_only(docker: &Docker) -> Result<()> {
+    let seen = docker.sh("--network none", "ls /sys/class/net; ip -4 addr show lo | grep -o 127.0.0.1/8; ping -c1 -W5 127.0.0.1 > /dev/null && echo alive; ip route")?;
+    let seen = seen
+        .split_whitespace()
+        .filter(|w| !["sit0", "tunl0", "ip6tnl0"].contains(w))
+        .collect::<Vec<_>>()
+        .join(" ");
+    ensure!(seen == "lo 127.0.0.1/8 alive", "{seen}");
+    Ok(())
+}
+
+fn get(port: &str) -> Result<String> {
+    let mut text = String::new();
+    command::eventually("the published port answers", PATIENCE, || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port.parse()?))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+        text.clear();
+        stream.read_to_string(&mut text)?;
+        Ok(!text.is_empty())
+    })?;
+    Ok(text)
+}
+
+fn host_port(docker: &Docker, container: &str, port: &str) -> Result<String> {
+    let mapped = docker.ok(&format!("port {container} {port}"))?;
+    let line = mapped.lines().next().unwrap_or_default();
+    Ok(line.rsplit(':').next().context("a port")?.to_owned())
+}
+
+fn published_port_answers(docker: &Docker) -> Result<()> {
+    let server = docker.detached("-p 80", SERVE)?;
+    let page = get(&host_port(docker, &server.name, "80")?)?;
+    ensure!(page.ends_with("hello from the image\n"), "{page}");
+    Ok(())
+}
+
+fn published_udp_port_answers(docker: &Docker) -> Result<()> {
+    let server = docker.detached("-p 7/udp", "probe udp-echo 7")?;
+    let port: u16 = host_port(docker, &server.name, "7/udp")?.parse()?;
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    command::eventually("the datagram comes back", PATIENCE, || {
+        socket.send_to(b"ping", ("127.0.0.1", port))?;
+        let mut buffer = [0; 16];
+        Ok(socket.recv(&mut buffer).is_ok_and(|count| &buffer[..count] == b"ping"))
+    })
+}
+
+fn user_network_resolves_names(docker: &Docker) -> Result<()> {
+    let network = docker.network("")?;
+    let server = docker.detached(&format!("--network {}", network.name), SERVE)?;
+    let script = format!("wget -qO- http://{}/; nslookup {}", server.name, server.name);
+    let seen = docker.sh(&format!("--network {}", network.name), &script)?;
+    ensure!(seen.starts_with("hello from the image"), "{seen}");
+    ensure!(seen.contains(&server.address(&network.name)?), "{seen}");
+    Ok(())
+}
+
+fn ipv6_network_works(docker: &Docker) -> Result<()> {
+    let network = docker.network("--ipv6 --subnet fd00:6b61:7461::/64")?;
+    let options = format!("--network {}", network.name);
+    let server = docker.detached(&options, SERVE)?;
+    let inspected = docker.inspect(&server.name)?;
+    let address = inspected["NetworkSettings"]["Networks"][&network.name]["GlobalIPv6Address"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    ensure!(address.starts_with("fd00:6b61:7461:"), "{address}");
+    let script = format!(
+        "ip -6 addr show eth0 | grep -c 'inet6 fd00:6b61:7461:'; wget -qO- 'http://[{address}]/'"
+    );
+    let seen = docker.sh(&options, &script)?;
+    ensure!(seen == "1\nhello from the image", "{seen}");
+    Ok(())
+}
+
+fn several_networks_give_several_interfaces(docker: &Docker) -> Result<()> {
+    let (one, two) = (docker.network("")?, docker.network("")?);
+    let container = docker.created(&format!("--network {}", one.name), "sleep 100000")?;
+    docker.ok(&format!("network connect {} {}", two.name, container.name))?;
+    docker.ok(&format!("start {}", container.name))?;
+    let seen = container.exec("ip -4 -o addr | grep -c 'eth[01] '")?;
+    ensure!(seen == "2", "{seen}");
+    for network in [&one, &two] {
+        let server = docker.detached(&format!("--network {}", network.name), SERVE)?;
+        let seen =
+            container.exec(&format!("wget -qO- http://{}/", server.address(&network.name)?))?;
+        ensure!(seen == "hello from the image", "{seen}");
+    }
+    Ok(())
+}
+
+fn network_can_be_joined_while_running(docker: &Docker) -> Result<()> {
+    let network = docker.network("")?;
+    let container = docker.sleeper("")?;
+    docker.ok(&format!("network connect {} {}", network.name, container.name))?;
+    let address = container.address(&network.name)?;
+    command::eventually("the second interface has its address", PATIENCE, || {
+        Ok(container.exec("ip -4 -o addr")?.contains(&address))
+    })?;
+    docker.ok(&format!("network disconnect {} {}", network.name, container.name))?;
+    command::eventually("the second interface is gone", PATIENCE, || {
+        Ok(!container.exec("ip -4 -o addr")?.contains(&address))
+    })
+}
+
+fn mtu_is_the_networks(docker: &Docker) -> Result<()> {
+    let network = docker.network("-o com.docker.network.driver.mtu=1380")?;
+    let seen = docker.sh(&format!("--network {}", network.name), "cat /sys/class/net/eth0/mtu")?;
+    ensure!(seen == "1380", "{seen}");
+    Ok(())
+}
+
+fn fixed_address_and_mac_are_kept(docker: &Docker) -> Result<()> {
+    let network = docker.network("--subnet 10.99.7.0/24")?;
+    let options = format!("--network {} --ip 10.99.7.77", network.name);
+    let container = docker.sleeper(&options)?;
+    let inspected = docker.inspect(&container.name)?;
+    let mac = &inspected["NetworkSettings"]["Networks"][&network.name]["MacAddress"];
+    let script = "ip -4 addr show eth0 | grep -o 'inet [0-9./]*'; cat /sys/class/net/eth0/address";
+    let seen = container.exec(script)?;
+    let expected = format!("inet 10.99.7.77/24\n{}", mac.as_str().unwrap_or_default());
+    ensure!(seen == expected, "{seen} instead of {expected}");
+    Ok(())
+}
+
+fn alias_resolves_to_all(docker: &Docker) -> Result<()> {
+    let network = docker.network("")?;
+    let options = format!("--network {} --network-alias web", network.name);
+    let (a, b) = (docker.detached(&options, SERVE)?, docker.detached(&options, SERVE)?);
+    let seen = docker.sh(&format!("--network {}", network.name), "nslookup web")?;
+    for container in [&a, &b] {
+        ensure!(seen.contains(&container.address(&network.name)?), "{seen}");
+    }
+    Ok(())
+}
+
+fn host_network_is_refused_with_a_reason(docker: &Docker) -> Result<()> {
+    let output = docker.cmd("run --rm --network host busybox true")?;
+    let said = output.err();
+    ensure!(output.code != 0 && said.contains("host") && said.contains("network"), "{output}");
+    ensure!(said.contains("--network") || said.contains("-p"), "no way out is named: {output}");
+    Ok(())
+}
+
+fn network_of_another_container_is_refused_with_a_reason(docker: &Docker) -> Result<()> {
+    let container = docker.sleeper("")?;
+    let output =
+        docker.cmd(&format!("run --rm --network container:{} busybox true", container.name))?;
+    ensure!(output.code != 0 && output.err().contains("network"), "{output}");
+    // The other one is not disturbed.
+    container.exec("ping -c1 -W20 $(ip route | awk '/default/ { print $3 }') > /dev/null")?;
+    Ok(())
+}
