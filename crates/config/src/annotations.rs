@@ -35,6 +35,8 @@ pub(crate) enum Parse {
     AddWords,
     /// Entries separated by semicolons.
     Semicolons,
+    /// Switches separated by commas, for a hypervisor's option: nothing that could be a file.
+    Switches,
 }
 
 /// One annotation.
@@ -92,8 +94,8 @@ pub(crate) static ANNOTATIONS: &[Annotation] = &[
     })),
     row(Hypervisor, "kernel_params", Gate::Listed, Parse::AddWords),
     listed(Hypervisor, "machine_type"),
-    listed(Hypervisor, "machine_accelerators"),
-    listed(Hypervisor, "cpu_features"),
+    row(Hypervisor, "machine_accelerators", Gate::Listed, Parse::Switches),
+    row(Hypervisor, "cpu_features", Gate::Listed, Parse::Switches),
     listed(Hypervisor, "default_vcpus"),
     Annotation { key: "default_maxvcpus", ..listed(Hypervisor, "default_max_vcpus") },
     listed(Hypervisor, "default_memory"),
@@ -191,6 +193,14 @@ impl Annotation {
                 let entries = text.split(';').map(str::trim).filter(|entry| !entry.is_empty());
                 Value::Texts(entries.map(str::to_owned).collect())
             }
+            Parse::Switches => {
+                if !trimmed.split(',').all(is_switch) {
+                    let problem = "takes switches only, separated by commas: name, name=on, \
+                                   name=off or name=<number>";
+                    return Err(refuse(&self.full(), problem));
+                }
+                Value::Text(trimmed.to_owned())
+            }
             Parse::Path(globs) => {
                 let (list, globs) = globs(allowed);
                 let matching = |glob: &String| glob::matches(glob, trimmed);
@@ -207,6 +217,14 @@ impl Annotation {
             }
         })
     }
+}
+
+/// `name`, or `name=` and on, off, auto or a number.
+fn is_switch(text: &str) -> bool {
+    let (name, value) = text.split_once('=').unwrap_or((text, "on"));
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-+".contains(c);
+    name.chars().all(good)
+        && (matches!(value, "on" | "off" | "auto") || value.parse::<u32>().is_ok())
 }
 
 /// Reads the text as the key wants it; what cannot be stays text, and is then refused.

@@ -8,12 +8,12 @@ pub(crate) fn matches(pattern: &str, path: &str) -> bool {
     glob_regex(pattern).is_some_and(|regex| regex.is_match(path))
 }
 
-/// A path that a glob can be trusted with: absolute, and no `.`, `..` or empty component
-/// that would lead elsewhere than it reads.
+/// A path that a glob can be trusted with: absolute, no `.`, `..` or empty component that
+/// would lead elsewhere than it reads, and no comma, which would end it in QEMU's options.
 pub(crate) fn is_plain_path(path: &str) -> bool {
     path.strip_prefix('/').is_some_and(|rest| {
         rest.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
-            && !path.contains('\0')
+            && !path.contains(|c: char| c == ',' || c.is_control())
     })
 }
 
@@ -67,7 +67,8 @@ mod tests {
     #[test]
     fn paths_that_lead_elsewhere_are_not_plain() {
         assert!(is_plain_path("/usr/bin/qemu"));
-        for bad in ["usr/bin", "/usr/../etc", "/usr/./bin", "/usr//bin", "/", "", "/a\0b"] {
+        for bad in ["usr/bin", "/usr/../etc", "/usr/./bin", "/usr//bin", "/", "", "/a\0b", "/a,b=c"]
+        {
             assert!(!is_plain_path(bad), "{bad:?}");
         }
     }

@@ -79,6 +79,9 @@ pub(crate) fn words(text: &str) -> Vec<String> {
 
 /// Puts a value where its key says. Warnings are collected in the configuration.
 pub(crate) fn set(config: &mut SandboxConfig, key: &Key, entry: &Entry) -> Result<(), ConfigError> {
+    if entry.value.texts().iter().any(|text| text.chars().any(char::is_control)) {
+        return Err(entry.wrong("without control characters"));
+    }
     match (&key.kind, &entry.value) {
         (Kind::Flag(place), Value::Flag(flag)) => *place(config) = *flag,
         (Kind::Flag(_), _) => return Err(entry.wrong("true or false")),

@@ -237,12 +237,14 @@ impl Source<'_> {
     }
 }
 
-/// The candidate that is most like the text, if any is rather like it.
-pub(crate) fn nearest(text: &str, candidates: impl Iterator<Item = String>) -> Option<String> {
+/// The candidate that is most like the name, if any is rather like it. What comes before the
+/// last dot counts, too, but does not make names alike.
+pub(crate) fn nearest(name: &str, candidates: impl Iterator<Item = String>) -> Option<String> {
+    let last = name.rsplit('.').next().unwrap_or(name);
     candidates
-        .map(|candidate| (distance(text, &candidate), candidate))
+        .map(|candidate| (distance(name, &candidate), candidate))
         .min()
-        .filter(|(distance, _)| *distance <= 4 && *distance * 3 <= text.len())
+        .filter(|(distance, _)| *distance <= 4 && *distance * 3 <= last.len())
         .map(|(_, candidate)| candidate)
 }
 

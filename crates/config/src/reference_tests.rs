@@ -49,7 +49,7 @@ fn the_default_file_changes_nothing_and_warns_of_nothing() {
         std::fs::write(&path, text).unwrap();
         let mut config = load_from(Some(&path), &places).unwrap();
         assert_eq!(config.warnings, [""; 0]);
-        assert_eq!(std::mem::take(&mut config.sources), [path.clone()]);
+        assert_eq!(std::mem::take(&mut config.sources), std::slice::from_ref(&path));
         assert_eq!(format!("{config:?}"), format!("{built_in:?}"));
     }
 }

@@ -164,9 +164,11 @@ fn memory(config: &SandboxConfig, limits: Limits, host: Host) -> (u32, &'static 
         0 => host,
         most => most.min(host),
     });
+    // Rounded up before the cap, and down after it.
+    let wanted = wanted.next_multiple_of(2);
     let (mib, reason) =
         if wanted > most { (most, "most that is allowed") } else { (wanted, reason) };
-    (u32::try_from(mib.next_multiple_of(2)).unwrap_or(u32::MAX - 1), reason)
+    (u32::try_from(mib & !1).unwrap_or(u32::MAX - 1), reason)
 }
 
 #[cfg(test)]

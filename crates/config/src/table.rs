@@ -52,6 +52,16 @@ fn vcpus(config: &mut SandboxConfig, value: &Value) -> bool {
         .is_some()
 }
 
+/// What [`memory`] takes.
+const MEMORY: &str = "0 or a number of MiB from 128 to 16777216";
+
+/// Memory of a VM; with less than 128 MiB no guest boots.
+fn memory(place: &mut u32, value: &Value) -> bool {
+    let Value::Integer(n) = value else { return false };
+    let mib = u32::try_from(*n).ok().filter(|n| *n == 0 || (128..=1 << 24).contains(n));
+    mib.map(|mib| *place = mib).is_some()
+}
+
 /// Every key, in the order of the default file.
 #[rustfmt::skip]
 pub(crate) static KEYS: &[Key] = &[
@@ -95,18 +105,11 @@ pub(crate) static KEYS: &[Key] = &[
         Kind::Number(|c| &mut c.hypervisor.default_maxvcpus, 0, 1024),
         "Most vCPUs of any sandbox. 0: as many as the host has."),
     hypervisor("default_memory", "2048",
-        Kind::Special("0 or a number of MiB from 128 to 16777216", |c, value| match value {
-            Value::Integer(n) => u32::try_from(*n)
-                .ok()
-                .filter(|n| *n == 0 || (128..=1 << 24).contains(n))
-                .map(|n| c.hypervisor.default_memory = n)
-                .is_some(),
-            _ => false,
-        }),
+        Kind::Special(MEMORY, |c, value| memory(&mut c.hypervisor.default_memory, value)),
         "Memory, in MiB, of a sandbox without a memory limit. It is taken from the host only as \
-         the guest touches it. 0 is the default; at least 128 otherwise."),
+         the guest touches it. 0 is the default."),
     hypervisor("default_maxmemory", "0",
-        Kind::Number(|c| &mut c.hypervisor.default_maxmemory, 0, 1 << 24),
+        Kind::Special(MEMORY, |c, value| memory(&mut c.hypervisor.default_maxmemory, value)),
         "Most memory, in MiB, of any sandbox. 0: as much as the host has."),
     hypervisor("memory_slots", "10", Kind::Number(|c| &mut c.hypervisor.memory_slots, 0, 256),
         "How often memory can be plugged into a running VM."),
@@ -281,6 +284,7 @@ pub(crate) static KEYS: &[Key] = &[
     moot(Hypervisor, "default_gpu_model", "For remote hypervisors."),
     moot(Hypervisor, "enable_balloon_f_reporting", "There is no balloon yet."),
     moot(Hypervisor, "log_level", "Say `enable_debug`."),
+    moot(Hypervisor, "tdx_quote_generation_service_socket_port", "There is no confidential guest."),
     missing(Hypervisor, "initdata", "There is no confidential guest."),
     missing(Hypervisor, "cc_init_data", "There is no confidential guest."),
     missing(Agent, "enable_tracing", "There are no traces yet."),
@@ -298,7 +302,7 @@ pub(crate) static KEYS: &[Key] = &[
     moot(Agent, "log_port", "The agent's log is in its channel."),
     moot(Agent, "launch_process_timeout", "Each call has a bound of its own."),
     missing(Agent, "policy", "There are no agent policies yet."),
-    missing(Agent, "mem_agent_enable", "There is no memory agent."),
+    missing(Agent, "mem_agent", "There is no memory agent."),
     moot(Runtime, "name", "There is one runtime."),
     key(Runtime, "hypervisor_name", "\"qemu\"", Kind::Choice(&["qemu"], |_, _| {}),
         "Which hypervisor; there is one so far."),

@@ -3,6 +3,9 @@
 use crate::{ConfigError, Position};
 use toml::de::DeValue;
 
+/// Kata's templates have sections without a key.
+const EMPTY_TABLE: &str = "empty table";
+
 /// A value.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Value {
@@ -30,6 +33,7 @@ impl Value {
                 .map(|item| item.get_ref().as_str().map(str::to_owned))
                 .collect::<Option<_>>()
                 .map_or(Self::Other("array of other things"), Self::Texts),
+            DeValue::Table(table) if table.is_empty() => Self::Other(EMPTY_TABLE),
             DeValue::Datetime(_) | DeValue::Table(_) => other,
         }
     }
@@ -42,7 +46,16 @@ impl Value {
             Self::Float(n) => *n == 0.0,
             Self::Flag(flag) => !flag,
             Self::Texts(texts) => texts.is_empty(),
-            Self::Other(_) => false,
+            Self::Other(kind) => *kind == EMPTY_TABLE,
+        }
+    }
+
+    /// All text in it.
+    pub(crate) fn texts(&self) -> &[String] {
+        match self {
+            Self::Text(text) => std::slice::from_ref(text),
+            Self::Texts(texts) => texts,
+            _ => &[],
         }
     }
 
