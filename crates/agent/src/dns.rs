@@ -131,7 +131,7 @@ impl Relay {
                 Some(_) = connections.join_next() => {}
                 Some((question, answer)) = by_tcp.recv() => self.ask(question, Asker::Tcp(answer)),
                 frame = from_host.recv() => match frame {
-                    Some((id, message)) => self.answer(id, message, &udp),
+                    Some((id, message)) => self.answer(id, message, &udp).await,
                     None => return Ok(()),
                 },
             }
@@ -155,13 +155,12 @@ impl Relay {
         }
     }
 
-    fn answer(&mut self, id: u32, message: Vec<u8>, udp: &UdpSocket) {
+    async fn answer(&mut self, id: u32, message: Vec<u8>, udp: &UdpSocket) {
         match self.pending.remove(&id) {
             Some((Asker::Udp(to, limit), _)) => {
-                // A full socket buffer loses it, as a network would.
-                let _ = udp.try_send_to(&fitted(message, limit), to);
+                // An asker who is gone wants no answer.
+                let _ = udp.send_to(&fitted(message, limit), to).await;
             }
-            // An asker who closed the connection wants no answer.
             Some((Asker::Tcp(answer), _)) => drop(answer.send(message)),
             None => {}
         }

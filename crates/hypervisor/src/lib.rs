@@ -1,1 +1,97 @@
-//! .
+//! Virtual machine monitors, behind one small trait.
+//!
+//! A [`VmConfig`] says what the machine is; [`Hypervisor`] is what every monitor can do
+//! with it; [`Qemu`] is the one there is. Its process is jailed and inherits every socket
+//! and device that it uses, so that it opens nothing and nothing is polled.
+//!
+//! A machine that ends, for whatever reason, ends loudly: [`Exited`] resolves to a
+//! [`VmExit`] that says why, with the guest's last words.
+//!
+//! [`accelerator`] decides whether the machine runs on KVM or is emulated, by trying.
+//! Of what comes from the guest only two things are looked at here, both as hostile:
+//! its console ([`Console`]) and, should QEMU be taken over, QMP (`qemu/qmp.rs`).
+
+pub mod accelerator;
+mod config;
+mod console;
+mod error;
+mod exit;
+pub mod kernel_params;
+mod kvm_test;
+mod qemu;
+pub mod tsc;
+
+use async_trait::async_trait;
+use tokio::net::UnixStream;
+
+pub use config::{
+    Accelerator, AcceleratorChoice, ChannelKind, InvalidMac, KernelKind, Mac, Machine, Nic, Share,
+    VmConfig,
+};
+pub use console::Console;
+pub use error::HypervisorError;
+pub use exit::{Exited, VmExit};
+pub use qemu::{Qemu, QmpError, find_firmware};
+
+/// Something to plug into a running machine.
+#[derive(Debug)]
+pub enum Device {
+    /// A network interface.
+    Nic(Nic),
+}
+
+/// Names a device that was plugged, so that it can be unplugged.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DeviceId(pub(crate) String);
+
+/// What a monitor can do, beyond what all can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Devices can be plugged while the machine runs.
+    pub plug: bool,
+    /// Virtual CPUs can be added while the machine runs.
+    pub plug_vcpus: bool,
+    /// The machine's memory is shared with vhost-user processes.
+    pub shared_memory: bool,
+}
+
+/// One virtual machine.
+#[async_trait]
+pub trait Hypervisor: Send {
+    /// Starts the machine. Returns when the monitor's process runs; whether the guest
+    /// comes up shows on the channel, and if it does not, by [`Hypervisor::exited`].
+    ///
+    /// # Errors
+    /// When the configuration is wrong or the process cannot be started.
+    async fn start(&mut self) -> Result<(), HypervisorError>;
+
+    /// Ends the machine at once. The guest is not asked.
+    async fn stop(&mut self) -> Result<VmExit, HypervisorError>;
+
+    /// Stops all virtual CPUs.
+    async fn pause(&mut self) -> Result<(), HypervisorError>;
+
+    /// Lets the virtual CPUs run again.
+    async fn resume(&mut self) -> Result<(), HypervisorError>;
+
+    /// Plugs a device. Returns when the monitor has it; the guest notices by itself.
+    async fn plug(&mut self, device: Device) -> Result<DeviceId, HypervisorError>;
+
+    /// Unplugs a device. Returns when the guest has let go of it.
+    async fn unplug(&mut self, device: &DeviceId) -> Result<(), HypervisorError>;
+
+    /// What this monitor can do with this machine.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Pids of the monitor's processes (as the host sees them), for cgroups and metrics.
+    fn pids(&self) -> Vec<i32>;
+
+    /// The host's end of the channel to the agent, once, when it is a serial one.
+    fn take_agent_socket(&mut self) -> Option<UnixStream>;
+
+    /// What the guest wrote on its console.
+    fn console(&self) -> Console;
+
+    /// Resolves when the machine has ended, however it came about.
+    fn exited(&self) -> Exited;
+}

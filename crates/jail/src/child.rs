@@ -98,13 +98,15 @@ impl Child {
     /// `ECHILD` when somebody else waited for it.
     pub fn wait_blocking(&self) -> io::Result<ExitStatus> {
         loop {
-            // Without the lock, so that others may look meanwhile.
-            rustix::process::waitid(
-                WaitId::PidFd(self.pidfd.as_fd()),
-                WaitIdOptions::EXITED | WaitIdOptions::NOWAIT,
-            )?;
             if let Some(status) = self.try_wait()? {
                 return Ok(status);
+            }
+            // Without the lock, so that others may look meanwhile. If one of them was
+            // faster, this fails and the next look succeeds.
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            let waited = rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options);
+            if let (Err(error), None) = (waited, self.try_wait()?) {
+                return Err(error.into());
             }
         }
     }

@@ -172,7 +172,7 @@ impl<'a> Relay<'a> {
         loop {
             tokio::select! {
                 frame = asked.recv() => match frame {
-                    Some(frame) => self.ask(frame),
+                    Some(frame) => self.ask(frame).await,
                     None => return Ok(()),
                 },
                 result = self.socket.recv(&mut buffer) => match result {
@@ -190,7 +190,7 @@ impl<'a> Relay<'a> {
     }
 
     /// Sends a question on, under an id of our own: the guest may use one id twice.
-    fn ask(&mut self, frame: Frame) {
+    async fn ask(&mut self, frame: Frame) {
         if self.pending.len() >= PENDING {
             self.pending.retain(|_, pending| pending.since.elapsed() < PATIENCE);
         }
@@ -206,7 +206,7 @@ impl<'a> Relay<'a> {
         let mut question = frame.message;
         let id = [question[0], question[1]];
         question[..2].copy_from_slice(&ours.to_be_bytes());
-        if let Err(error) = self.socket.try_send(&question) {
+        if let Err(error) = self.socket.send(&question).await {
             debug!(%error, "a DNS question could not be sent to the container's resolver");
             return;
         }

@@ -2,7 +2,6 @@
 
 use crate::SpecError;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
 
 /// A process to run: the container's first, or one of an exec.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]

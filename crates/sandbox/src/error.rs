@@ -23,7 +23,7 @@ pub enum SandboxError {
     #[error("virtual machine: {0}")]
     Hypervisor(#[from] kata_hypervisor::HypervisorError),
     #[error("devices process: {0}")]
-    Devices(#[from] kata_devices::DevicesError),
+    Devices(#[from] kata_devices::Error),
     #[error("channel to the guest: {0}")]
     Channel(#[from] kata_channel::ChannelError),
     #[error("cannot use the cgroup {path}: {source}")]

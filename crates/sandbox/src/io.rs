@@ -5,7 +5,7 @@
 //! does not change the description that the engine shares. Output is counted: an exit is
 //! reported only when as many bytes are delivered as the process had written.
 
-use kata_channel::{Channel, Stream};
+use kata_channel::{HostChannel, Stream};
 use kata_protocol::{Id, StreamHeader, StreamKind};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
 
 use crate::SandboxError;
@@ -48,7 +48,7 @@ struct Delivered {
 impl Relay {
     /// Opens the guest's end of each stream that the engine has, and starts to relay.
     pub(crate) async fn start(
-        channel: &dyn Channel,
+        channel: &HostChannel,
         container: &Id,
         exec: Option<&Id>,
         streams: EngineStreams,
@@ -142,19 +142,19 @@ enum End {
 
 impl End {
     fn reader(fd: OwnedFd) -> io::Result<Self> {
-        Self::open(fd, OFlags::RDONLY, Interest::READABLE)
+        Self::open(fd, OFlags::RDONLY)
     }
 
     fn writer(fd: OwnedFd) -> io::Result<Self> {
-        Self::open(fd, OFlags::WRONLY, Interest::WRITABLE)
+        Self::open(fd, OFlags::WRONLY)
     }
 
-    fn open(fd: OwnedFd, access: OFlags, interest: Interest) -> io::Result<Self> {
+    fn open(fd: OwnedFd, access: OFlags) -> io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
         let waits = kind == FileType::Fifo
             || (kind == FileType::CharacterDevice && rustix::termios::isatty(&fd));
         if kind == FileType::Socket {
-            return Ok(Self::Socket(AsyncFd::with_interest(fd, interest)?));
+            return Ok(Self::Socket(watch_fd(fd)?));
         }
         if !waits {
             return Ok(Self::Plain(fd));
@@ -162,7 +162,7 @@ impl End {
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
         let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         match rustix::fs::open(path, flags, Mode::empty()) {
-            Ok(own) => Ok(Self::Polled(AsyncFd::with_interest(own, interest)?)),
+            Ok(own) => Ok(Self::Polled(watch_fd(own)?)),
             // A pipe nobody reads any more, or a terminal that is hung up.
             Err(Errno::NXIO | Errno::IO) => Ok(Self::Gone),
             Err(error) => Err(error.into()),
@@ -223,6 +223,16 @@ impl End {
         }
         Ok(())
     }
+}
+
+/// Lets the runtime wait for a descriptor that it owns from now on.
+///
+/// # Errors
+/// The descriptor is of a kind that nobody can wait for.
+pub fn watch_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd gives the same open descriptor until it is dropped, and that is
+    // when the AsyncFd that owns it takes it out of the runtime.
+    Ok(unsafe { AsyncFd::register(fd) }?)
 }
 
 fn read_pipe(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {

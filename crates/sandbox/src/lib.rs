@@ -24,7 +24,7 @@ mod vm_config;
 pub use agent::ProcessRef;
 pub use dir::{RUN_DIR, SandboxDir, SocketPath};
 pub use error::SandboxError;
-pub use io::EngineStreams;
+pub use io::{EngineStreams, watch_fd};
 pub use process::{Exit, ProcessStatus, Stdio, StdioPaths};
 pub use sandbox::{CreateRequest, Event, ProcessState, Sandbox};
 pub use state::{Resource, cleanup, start_time};

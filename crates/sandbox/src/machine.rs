@@ -9,10 +9,10 @@ use crate::network::Network;
 use crate::process::lock;
 use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
-use crate::{SandboxDir, SandboxError};
+use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
 use kata_channel::{Channel, HostChannel};
-use kata_config::{SandboxConfig, Sizing};
+use kata_config::{Host, Limits, SandboxConfig, Sizing};
 use kata_devices::DevicesProcess;
 use kata_hypervisor::{Console, Hypervisor, Qemu};
 use kata_network::Netns;
@@ -76,18 +76,17 @@ impl Machine {
         state: &Mutex<StateFile>,
     ) -> Result<Self, SandboxError> {
         let stages = Stages::start();
-        let config = kata_config::load(boot.config, &boot.spec.annotations)?;
-        let sizing = Sizing::of(&config, boot.spec);
+        let (config, sizing) = configure(&boot)?;
         let cgroup = join_cgroup(boot.spec, boot.container, state)?;
         stages.mark("configuration and cgroup");
 
-        let mut network = boot.netns.map(|netns| Network::new(netns, config.network_model()));
+        let mut network = boot.netns.map(|netns| Network::new(netns, vm_config::network_model(&config)));
         let nics = network.as_mut().map(Network::add_spare).transpose()?;
-        let (devices, share) = DevicesProcess::spawn(boot.dir.path(), devices_options(&boot)?)?;
+        let (devices, share) = DevicesProcess::spawn(boot.dir.path(), devices_options(&boot, &config)?)?;
         lock(state).record_process(devices.child().pid(), "devices process")?;
         stages.mark("devices process started");
 
-        let vm = crate::vm_config::vm_config(&config, &sizing, boot.sandbox, share, nics)?;
+        let vm = vm_config::vm_config(&config, &sizing, boot.sandbox, share, nics)?;
         let mut hypervisor = Qemu::new(vm)?;
         let started = hypervisor.start().await;
         if let Err(error) = started {
@@ -98,7 +97,7 @@ impl Machine {
         lock(state).record_process(pid, "virtual machine")?;
         stages.mark("virtual machine started");
 
-        let channel = crate::vm_config::channel(&mut hypervisor)?;
+        let channel = vm_config::channel(&mut hypervisor)?;
         let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
         let machine = Self {
             sandbox: boot.sandbox.clone(),
@@ -112,7 +111,7 @@ impl Machine {
             guest: OnceCell::new(),
             hostname: boot.spec.hostname.clone(),
             vcpus: sizing.vcpus,
-            patience: config.dial_timeout(),
+            patience: Duration::from_secs(config.agent.dial_timeout.into()),
             cgroup,
             network: tokio::sync::Mutex::new(network),
             resolv_conf: boot.resolv_conf.map(Path::to_owned),
@@ -294,7 +293,7 @@ impl Machine {
         let Some(network) = slot.as_mut() else { return Ok(None) };
         for _ in 0..network.missing()? {
             let (tap, mac) = network.add_spare()?;
-            let nic = crate::vm_config::nic(tap, mac);
+            let nic = vm_config::nic(tap, mac);
             self.hypervisor.lock().await.plug(nic).await?;
         }
         let resolver = self.resolver();
@@ -387,7 +386,10 @@ fn tell(lost: &watch::Sender<Option<String>>, cause: String) {
     });
 }
 
-fn devices_options(boot: &Boot<'_>) -> Result<kata_devices::Options, SandboxError> {
+fn devices_options(
+    boot: &Boot<'_>,
+    config: &SandboxConfig,
+) -> Result<kata_devices::Options, SandboxError> {
     let log: OwnedFd = std::fs::File::options()
         .append(true)
         .create(true)
@@ -396,9 +398,24 @@ fn devices_options(boot: &Boot<'_>) -> Result<kata_devices::Options, SandboxErro
         .into();
     Ok(kata_devices::Options {
         title: format!("kata-devices {}", boot.sandbox).into(),
+        cache: vm_config::cache(config),
         stderr: Some(log),
         ..Default::default()
     })
+}
+
+/// The configuration of this sandbox, and how large its VM is to be.
+fn configure(boot: &Boot<'_>) -> Result<(SandboxConfig, Sizing), SandboxError> {
+    let mut config = kata_config::load(boot.config)?;
+    config.annotate(&boot.spec.annotations)?;
+    for warning in &config.warnings {
+        tracing::warn!(sandbox = %boot.sandbox, "configuration: {warning}");
+    }
+    let limits = Limits::of_pod(&boot.spec.annotations)
+        .unwrap_or_else(|| Limits::of_container(boot.spec.linux().resources.as_ref()));
+    let sizing = Sizing::decide(&config, limits, Host::detect());
+    tracing::info!(sandbox = %boot.sandbox, "the virtual machine has {sizing}");
+    Ok((config, sizing))
 }
 
 /// Makes the container's cgroup and moves this process into it, so that all it starts is

@@ -48,7 +48,8 @@ impl Network {
     /// Makes a tap for a NIC that is plugged before any interface is known.
     /// Gives what the VMM needs for it.
     pub(crate) fn add_spare(&mut self) -> Result<(OwnedFd, Mac), SandboxError> {
-        let nic = Nic { tap: Tap::create(&self.netns, &self.next_name())?, device: new_mac()? };
+        let name = self.next_name();
+        let nic = Nic { tap: Tap::create(&self.netns, &name)?, device: new_mac()? };
         let plugged = nic.plug()?;
         self.spare.push_back(nic);
         Ok(plugged)

@@ -539,7 +539,12 @@ impl Sandbox {
             }
         }
         match &process.exec {
-            Some(exec) => container.remove(exec),
+            Some(exec) => {
+                container.remove(exec);
+                if found.pid != container.init.pid {
+                    lock(&self.state).forget_process(found.pid);
+                }
+            }
             None => self.forget(&container).await,
         }
         Ok((found.pid, exit))

@@ -70,6 +70,12 @@ impl StateFile {
         Resource::process(pid, role).map_or(Ok(()), |resource| self.record(resource))
     }
 
+    /// A process has ended and was reaped. The file follows with the next record: a pid
+    /// that is gone does no harm in it.
+    pub(crate) fn forget_process(&mut self, gone: i32) {
+        self.resources.retain(|r| !matches!(r, Resource::Process { pid, .. } if *pid == gone));
+    }
+
     /// The cgroups that were written down.
     pub(crate) fn cgroups(&self) -> Vec<String> {
         let cgroup = |resource: &Resource| match resource {

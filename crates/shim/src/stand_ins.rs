@@ -4,7 +4,7 @@
 use crate::attach::{HELLO_FDS, Hello, MAX_PACKET, ToServer, ToStandIn};
 use anyhow::{Context, bail, ensure};
 use kata_protocol::Id;
-use kata_sandbox::{EngineStreams, ProcessRef, Sandbox, Stdio};
+use kata_sandbox::{EngineStreams, ProcessRef, Sandbox, Stdio, watch_fd};
 use nix::cmsg_space;
 use nix::sys::socket::{self, ControlMessageOwned, MsgFlags};
 use std::collections::HashMap;
@@ -35,11 +35,6 @@ pub(crate) struct StandIn {
 }
 
 impl StandIn {
-    /// Its process exists now: from here on it gets the signals and waits for the end.
-    pub(crate) fn bind(bound: oneshot::Sender<Result<(), String>>) {
-        let _ = bound.send(Ok(()));
-    }
-
     /// Parts it: pid, streams, and the means to tell it how `create` went.
     pub(crate) fn into_parts(self) -> (i32, Stdio, oneshot::Sender<Result<(), String>>) {
         (self.pid, self.stdio, self.bound)
@@ -49,7 +44,7 @@ impl StandIn {
 impl StandIns {
     /// Takes stand-ins for as long as the server lives.
     pub(crate) async fn serve(self: Arc<Self>, listener: OwnedFd, sandbox: Arc<Sandbox>) {
-        let listener = match nonblocking(listener).and_then(AsyncFd::new) {
+        let listener = match nonblocking(listener).and_then(watch_fd) {
             Ok(listener) => listener,
             Err(error) => {
                 tracing::error!(sandbox = %sandbox.id(), %error, "cannot listen for stand-ins");
@@ -95,7 +90,11 @@ impl StandIns {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn converse(&self, connection: Connection, sandbox: &Sandbox) -> anyhow::Result<()> {
+    async fn converse(
+        &self,
+        connection: Connection,
+        sandbox: &Arc<Sandbox>,
+    ) -> anyhow::Result<()> {
         let (process, bound) = match self.welcome(&connection).await {
             Ok(welcomed) => welcomed,
             Err(error) => {
@@ -154,14 +153,15 @@ impl StandIns {
 async fn stand(
     connection: &Connection,
     process: &ProcessRef,
-    sandbox: &Sandbox,
+    sandbox: &Arc<Sandbox>,
 ) -> anyhow::Result<()> {
     let ended = sandbox.wait(process);
     tokio::pin!(ended);
     loop {
         let packet = tokio::select! {
             exit = &mut ended => {
-                return Ok(connection.send(&ToStandIn::Exit(exit?.code)).await?);
+                connection.send(&ToStandIn::Exit(exit?.code)).await?;
+                break;
             }
             packet = connection.receive() => packet,
         };
@@ -169,7 +169,8 @@ async fn stand(
             // Whoever kills the stand-in means the process.
             const SIGKILL: u32 = 9;
             let _ = sandbox.kill(process, SIGKILL, false).await;
-            return Ok(());
+            let _ = ended.await;
+            break;
         };
         let done = match serde_json::from_slice(&bytes).context("its packet is not known")? {
             ToServer::Signal(signal) => {
@@ -183,6 +184,11 @@ async fn stand(
             tracing::debug!(sandbox = %sandbox.id(), %error, "a stand-in's wish failed");
         }
     }
+    if process.exec.is_some() {
+        // The OCI command line has no verb by which a caller could forget an exec.
+        sandbox.delete(process).await?;
+    }
+    Ok(())
 }
 
 /// A connection with packets and descriptors.
@@ -245,7 +251,7 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<Connection> {
         let accepted =
             ready.try_io(|fd| Ok(rustix::net::accept_with(fd.get_ref(), flags)?));
         if let Ok(result) = accepted {
-            return Ok(Connection(AsyncFd::new(result?)?));
+            return Ok(Connection(watch_fd(result?)?));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What goes wrong: one clear error with the cause, runc's exit codes, nothing left.
 
+mod machine;
+
 use std::fs;
 
 use anyhow::{Result, ensure};
@@ -9,11 +11,13 @@ use kata_e2e::trials;
 use serde_json::json;
 
 pub fn trials() -> Vec<Trial<Oci>> {
-    trials!["input":
+    let mut all = machine::trials();
+    all.extend(trials!["input":
         Both: missing_bundle_is_named, bad_json_is_an_error, missing_rootfs_is_named,
             rootfs_without_the_command_names_it, missing_bind_source_is_named,
             unknown_flag_and_verb_are_errors, state_directory_on_a_full_disk_is_an_error;
-    ]
+    ]);
+    all
 }
 
 fn missing_bundle_is_named(oci: &Oci) -> Result<()> {

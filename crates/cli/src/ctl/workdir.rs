@@ -1,0 +1,114 @@
+//! Where a `kata-ctl run` keeps its bundle, and how the next one removes what a killed one
+//! left: each run holds a lock on its directory, and a directory without one is nobody's.
+
+use crate::record::Root;
+use crate::runtime::{self, Global};
+use anyhow::{Context, Result};
+use kata_protocol::Id;
+use rustix::fs::{FlockOperation, flock};
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+/// On a disk, not on a tmpfs: images are large.
+const PARENT: &str = "/var/lib/kata-containers/ctl";
+
+/// Records of containers made by `kata-ctl`.
+const ROOT: &str = "/run/kata-ctl";
+
+/// The settings of `kata-ctl`'s containers.
+pub fn global(config: Option<&Path>) -> Global {
+    Global {
+        root: Root::new(ROOT),
+        config: config.map(Path::to_owned),
+        ..Global::default()
+    }
+}
+
+/// One run's directory, removed when dropped.
+pub struct Workdir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Workdir {
+    /// Makes it.
+    pub fn create(id: &Id) -> Result<Self> {
+        Self::create_in(Path::new(PARENT), id)
+    }
+
+    fn create_in(parent: &Path, id: &Id) -> Result<Self> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(parent)
+            .with_context(|| format!("cannot create {}", parent.display()))?;
+        let path = parent.join(id.as_str());
+        DirBuilder::new().mode(0o711).create(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => anyhow::anyhow!("container {id} exists already"),
+            _ => anyhow::Error::new(error).context(format!("cannot create {}", path.display())),
+        })?;
+        let lock = File::open(&path).context("cannot open the work directory")?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .context("cannot lock the work directory")?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Workdir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            tracing::warn!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Removes what runs that were killed left behind.
+pub async fn sweep(global: &Global) {
+    for id in abandoned(Path::new(PARENT)) {
+        tracing::warn!("removing container {id}, whose kata-ctl was killed");
+        let removed = async {
+            runtime::destroy(global, &id).await?;
+            super::network::remove(&id);
+            fs::remove_dir_all(Path::new(PARENT).join(id.as_str()))?;
+            Ok::<_, anyhow::Error>(())
+        };
+        if let Err(error) = removed.await {
+            tracing::warn!("cannot remove container {id}: {error:#}");
+        }
+    }
+}
+
+fn abandoned(parent: &Path) -> Vec<Id> {
+    let Ok(entries) = fs::read_dir(parent) else { return Vec::new() };
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let lock = File::open(entry.path()).ok()?;
+            flock(&lock, FlockOperation::NonBlockingLockExclusive).ok()?;
+            entry.file_name().to_str()?.parse().ok()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_directories_of_ended_runs_are_abandoned() {
+        let dir = tempfile::tempdir().unwrap();
+        let (alive, dead): (Id, Id) = ("alive".parse().unwrap(), "dead".parse().unwrap());
+        let held = Workdir::create_in(dir.path(), &alive).unwrap();
+        fs::create_dir(dir.path().join(dead.as_str())).unwrap();
+        assert_eq!(abandoned(dir.path()), [dead]);
+        assert!(Workdir::create_in(dir.path(), &alive).is_err());
+        drop(held);
+        assert!(!dir.path().join("alive").exists());
+    }
+}
