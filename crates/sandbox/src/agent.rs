@@ -12,7 +12,7 @@ use ttrpc::context::{self, Context};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A process of a container in the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProcessRef {
     /// The container.
     pub container: Id,

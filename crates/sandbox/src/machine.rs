@@ -11,10 +11,10 @@ use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
-use kata_channel::{Channel, HostChannel};
+use kata_channel::HostChannel;
 use kata_config::{Host, Limits, SandboxConfig, Sizing};
 use kata_devices::DevicesProcess;
-use kata_hypervisor::{Console, Hypervisor, Qemu};
+use kata_hypervisor::{Console, Device, Hypervisor, Qemu};
 use kata_network::Netns;
 use kata_oci::Spec;
 use kata_protocol::{Id, SHARE_MOUNT, SHARE_TAG, StreamHeader, agent as message};
@@ -72,7 +72,7 @@ pub(crate) struct Machine {
 impl Machine {
     /// Starts everything; returns while the guest boots. [`Machine::ready`] waits for it.
     pub(crate) async fn start(
-        boot: Boot<'_>,
+        mut boot: Boot<'_>,
         state: &Mutex<StateFile>,
     ) -> Result<Self, SandboxError> {
         let stages = Stages::start();
@@ -80,24 +80,28 @@ impl Machine {
         let cgroup = join_cgroup(boot.spec, boot.container, state)?;
         stages.mark("configuration and cgroup");
 
-        let mut network = boot.netns.map(|netns| Network::new(netns, vm_config::network_model(&config)));
+        let model = vm_config::network_model(&config);
+        let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
         let nics = network.as_mut().map(Network::add_spare).transpose()?;
         let (devices, share) = DevicesProcess::spawn(boot.dir.path(), devices_options(&boot, &config)?)?;
         lock(state).record_process(devices.child().pid(), "devices process")?;
         stages.mark("devices process started");
 
         let vm = vm_config::vm_config(&config, &sizing, boot.sandbox, share, nics)?;
-        let mut hypervisor = Qemu::new(vm)?;
+        let mut hypervisor = Qemu::new(vm);
         let started = hypervisor.start().await;
         if let Err(error) = started {
             let _ = devices.child().kill(9);
             return Err(error.into());
         }
-        let pid = hypervisor.pid();
+        let pid = hypervisor.pids().first().copied().unwrap_or_default();
         lock(state).record_process(pid, "virtual machine")?;
         stages.mark("virtual machine started");
 
-        let channel = vm_config::channel(&mut hypervisor)?;
+        let socket = hypervisor
+            .take_agent_socket()
+            .ok_or(SandboxError::Unsupported("a machine without a serial channel"))?;
+        let channel = HostChannel::serial(socket);
         let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
         let machine = Self {
             sandbox: boot.sandbox.clone(),
@@ -128,9 +132,9 @@ impl Machine {
 
     /// Each process and the channel is waited for; the first to go is the cause.
     async fn watch_deaths(&self) {
-        let vm = self.hypervisor.lock().await.exited();
+        let mut vm = self.hypervisor.lock().await.exited();
         let lost = self.lost.clone();
-        tokio::spawn(async move { tell(&lost, vm.await.to_string()) });
+        tokio::spawn(async move { tell(&lost, vm.wait().await.to_string()) });
 
         let (devices, lost) = (Arc::clone(&self.devices), self.lost.clone());
         tokio::spawn(async move {
@@ -227,7 +231,7 @@ impl Machine {
                 other => other,
             })?;
             self.mark("agent ready");
-            tracing::info!(sandbox = %self.sandbox, kernel = guest.kernel,
+            tracing::info!(sandbox = %self.sandbox, kernel = guest.kernel, agent = guest.agent_version,
                 init_ms = guest.init.as_millis(), ready_ms = guest.ready.as_millis(), "guest is up");
             Ok(guest)
         };
@@ -294,7 +298,7 @@ impl Machine {
         for _ in 0..network.missing()? {
             let (tap, mac) = network.add_spare()?;
             let nic = vm_config::nic(tap, mac);
-            self.hypervisor.lock().await.plug(nic).await?;
+            self.hypervisor.lock().await.plug(Device::Nic(nic)).await?;
         }
         let resolver = self.resolver();
         let change = network.sync(resolver)?;
