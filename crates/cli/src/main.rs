@@ -42,8 +42,8 @@ fn play(invocation: &Invocation) -> i32 {
         Role::StandIn => return stand_in::main(&invocation.args),
         Role::SandboxServer => kata_shim::server::main(&invocation.args),
         Role::Devices => kata_devices::main(&invocation.args),
-        Role::JailExec => return jail_exec(&invocation.args),
-        Role::KvmSelfTest => return kvm_self_test(&invocation.args),
+        Role::JailExec => return kata_jail::exec::main(&invocation.args),
+        Role::KvmSelfTest => return kata_hypervisor::accelerator::self_test_main(),
     };
     match result {
         Ok(()) => 0,
