@@ -5,7 +5,7 @@ use super::inside::{Inside, clean, proc_path};
 use kata_oci::{Device, Spec};
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{
-    self, AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, fchownat, makedev, mknodat, symlinkat,
+    self, AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, symlinkat,
     unlinkat,
 };
 use rustix::io::Errno;
@@ -113,7 +113,7 @@ fn make(inside: &Inside, device: &Device, bind: bool) -> Step {
         }
     }
     let (uid, gid) = (Uid::from_raw(device.uid.unwrap_or(0)), Gid::from_raw(device.gid.unwrap_or(0)));
-    fchownat(&parent, &name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+    chownat(&parent, &name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
         .context(|| format!("error creating device nodes: chown {shown}"))
 }
 

@@ -222,7 +222,7 @@ impl Builder {
             ));
         };
         let filter = match spec.linux.as_mut().and_then(|linux| linux.seccomp.take()) {
-            Some(seccomp) => Filter::compile(&seccomp)?,
+            Some(seccomp) => Some(Filter::compile(&seccomp)?),
             None => None,
         };
         let mut fds = Fds::default();

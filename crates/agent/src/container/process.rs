@@ -8,7 +8,7 @@ use rustix::process::{Pid, Resource, prlimit};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -315,7 +315,7 @@ pub(super) fn reset_signals() {
 /// Borrows the three standard streams.
 pub(super) fn standard_streams() -> [BorrowedFd<'static>; 3] {
     // SAFETY: 0, 1 and 2 are open for as long as this process lives.
-    [0, 1, 2].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) }.as_fd())
+    [0, 1, 2].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) })
 }
 
 #[cfg(test)]
