@@ -30,11 +30,12 @@ impl Cgroup {
     pub fn create(hierarchy: &Hierarchy, path: &str) -> Result<Self, CgroupError> {
         let cgroup = Self::open(hierarchy, path)?;
         for root in hierarchy.roots() {
-            let unified = hierarchy.unified() == Some(root);
+            // Beside v1 the v2 tree is for freezing and killing only, and is left as it is.
+            let limits = matches!(hierarchy, Hierarchy::V2 { .. });
             let cpuset = hierarchy.v1_root("cpuset") == Some(root);
             let mut dir = root.to_owned();
             for part in &cgroup.path {
-                if unified {
+                if limits {
                     enable_controllers(&dir);
                 }
                 let parent = dir.clone();
