@@ -61,8 +61,8 @@ fn run(role: Role, init_ns: i64, carrier: Carrier) -> Result<(), String> {
         .build()
         .map_err(|error| format!("cannot start the event loop: {error}"))?;
     runtime.block_on(async {
-        let agent = Agent::new(role, init_ns)
-            .map_err(|error| format!("cannot watch children: {error}"))?;
+        let agent =
+            Agent::new(role, init_ns).map_err(|error| format!("cannot watch children: {error}"))?;
         serve(agent, carrier).await.map_err(|error: ServeError| chain(&error))
     })
 }

@@ -108,15 +108,15 @@ impl Sets {
 
     fn parse(names: &Capabilities, known: CapabilitySet, unknown: &mut Vec<String>) -> Self {
         let mut set = |names: &[String]| set(names, known, unknown);
-        Self {
-            bounding: set(&names.bounding),
-            ambient: set(&names.ambient),
-            other: CapabilitySets {
-                effective: set(&names.effective),
-                permitted: set(&names.permitted),
-                inheritable: set(&names.inheritable),
-            },
-        }
+        let other = CapabilitySets {
+            effective: set(&names.effective),
+            permitted: set(&names.permitted),
+            inheritable: set(&names.inheritable),
+        };
+        // The kernel raises only what is permitted and inheritable; the rest is not an
+        // error: runc's own default specification names it.
+        let ambient = set(&names.ambient) & other.permitted & other.inheritable;
+        Self { bounding: set(&names.bounding), ambient, other }
     }
 
     /// Drops what is not in the bounding set; to be done while still privileged.

@@ -119,7 +119,7 @@ fn check(condition: &Condition, wide: bool, rest: usize) -> Vec<Instruction> {
     if let Operator::Masked(mask) = condition.operator {
         steps.push((plain(AND, mask as u32), Next, Next));
     }
-    steps.push(match condition.operator {
+    let last = match condition.operator {
         Operator::Equal => jump(JUMP_EQUAL, low_value, Yes, No),
         Operator::NotEqual => jump(JUMP_EQUAL, low_value, No, Yes),
         Operator::Greater => jump(JUMP_GREATER, low_value, Yes, No),
