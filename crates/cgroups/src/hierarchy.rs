@@ -73,6 +73,17 @@ impl Hierarchy {
         }
     }
 
+    /// Puts a process into the root of every tree, out of whatever cgroup it is in, so that
+    /// that one can be removed; 0 is the caller.
+    ///
+    /// # Errors
+    /// When there is no such process, or the kernel refuses.
+    pub fn leave(&self, pid: i32) -> Result<(), CgroupError> {
+        self.roots()
+            .into_iter()
+            .try_for_each(|root| file::write(&root.join("cgroup.procs"), &pid.to_string()))
+    }
+
     /// Every tree: where processes have to be put and directories made.
     pub(crate) fn roots(&self) -> Vec<&Path> {
         match self {

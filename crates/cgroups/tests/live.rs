@@ -185,6 +185,26 @@ fn a_container_divides_its_cgroup_and_its_processes_are_still_found() {
 }
 
 #[test]
+fn a_process_that_leaves_is_in_the_root_and_lives_on() {
+    if !is_root() {
+        return;
+    }
+    for (name, hierarchy) in [("leave2", unified()), ("leave", Hierarchy::detect().unwrap())] {
+        let own = Own::new(&hierarchy, name);
+        let process = Waiting::new(":");
+        own.0.add(process.pid()).unwrap();
+        hierarchy.leave(process.pid()).unwrap();
+        assert_eq!(own.0.pids().unwrap(), [0; 0], "{name}");
+        assert!(
+            Cgroup::of_process(&hierarchy, process.pid()).is_err(),
+            "{name}: the root has no name"
+        );
+        own.0.delete().unwrap();
+        assert!(process.go().success(), "{name}");
+    }
+}
+
+#[test]
 fn device_rules_are_enforced_and_replaced() {
     if !is_root() || std::fs::File::open("/dev/kmsg").is_err() {
         return;
