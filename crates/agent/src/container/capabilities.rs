@@ -187,8 +187,7 @@ mod tests {
 
     #[test]
     fn what_the_kernel_lacks_is_left_out() {
-        let names =
-            Capabilities { permitted: vec!["CAP_BPF".into()], ..Capabilities::default() };
+        let names = Capabilities { permitted: vec!["CAP_BPF".into()], ..Capabilities::default() };
         let mut unknown = Vec::new();
         let sets = Sets::parse(&names, CapabilitySet::CHOWN, &mut unknown);
         assert_eq!((sets.other.permitted.is_empty(), unknown.len()), (true, 1));

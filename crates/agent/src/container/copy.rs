@@ -1,8 +1,6 @@
 //! Copies a directory tree, with modes, owners and links (`tmpcopyup`).
 
-use rustix::fs::{
-    self, AtFlags, Dir, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid,
-};
+use rustix::fs::{self, AtFlags, Dir, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;

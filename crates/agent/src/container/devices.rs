@@ -52,9 +52,8 @@ pub(super) fn fill(inside: &Inside, spec: &Spec, bind: bool) -> Step {
     for device in linux.devices.iter().filter(|d| clean(&d.path) != Path::new("/dev/ptmx")) {
         make(inside, device, bind)?;
     }
-    let (dev, ptmx) = inside
-        .make_parent(Path::new("/dev/ptmx"))
-        .context(|| "open /dev of the container")?;
+    let (dev, ptmx) =
+        inside.make_parent(Path::new("/dev/ptmx")).context(|| "open /dev of the container")?;
     match unlinkat(&dev, &ptmx, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(error) => Err(error).context(|| "remove /dev/ptmx of the image")?,
@@ -112,7 +111,8 @@ fn make(inside: &Inside, device: &Device, bind: bool) -> Step {
             return Err(error).context(|| format!("error creating device nodes: mknod {shown}"));
         }
     }
-    let (uid, gid) = (Uid::from_raw(device.uid.unwrap_or(0)), Gid::from_raw(device.gid.unwrap_or(0)));
+    let (uid, gid) =
+        (Uid::from_raw(device.uid.unwrap_or(0)), Gid::from_raw(device.gid.unwrap_or(0)));
     chownat(&parent, &name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
         .context(|| format!("error creating device nodes: chown {shown}"))
 }

@@ -62,8 +62,9 @@ fn run(channel: &Channel) -> Step<std::convert::Infallible> {
     }
     umask(Mode::empty());
     set_oom_score(&config)?;
-    let proc = openat(CWD, "/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .context(|| "open /proc of the guest")?;
+    let proc =
+        openat(CWD, "/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .context(|| "open /proc of the guest")?;
     let labels = if config.exec {
         join(&config, &mut received, proc.as_fd(), channel)?
     } else {
@@ -255,8 +256,7 @@ fn set_streams(received: Received, terminal: bool) -> Step {
         let Some(stream) = stream else { continue };
         let what = || "set the standard streams";
         // SAFETY: both numbers are open or free; 0 to 2 belong to nobody in this process.
-        let result =
-            unsafe { libc::dup2(stream.as_raw_fd(), i32::try_from(number).unwrap_or(0)) };
+        let result = unsafe { libc::dup2(stream.as_raw_fd(), i32::try_from(number).unwrap_or(0)) };
         if result < 0 {
             return Err(io::Error::last_os_error()).context(what);
         }

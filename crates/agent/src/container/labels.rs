@@ -9,7 +9,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 fn apparmor_enabled() -> bool {
-    std::fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.first() == Some(&b'Y'))
+    std::fs::read("/sys/module/apparmor/parameters/enabled")
+        .is_ok_and(|text| text.first() == Some(&b'Y'))
 }
 
 fn selinux_enabled() -> bool {
@@ -61,7 +62,8 @@ impl Labels {
     pub fn apply(&self) -> Step {
         for (name, label) in [("AppArmor", &self.apparmor), ("SELinux", &self.selinux)] {
             if let Some((file, text)) = label {
-                write(file, text.as_bytes()).context(|| format!("apply the {name} label {text}"))?;
+                write(file, text.as_bytes())
+                    .context(|| format!("apply the {name} label {text}"))?;
             }
         }
         Ok(())

@@ -145,9 +145,7 @@ impl From<Failure> for ContainerError {
     fn from(failure: Failure) -> Self {
         match failure.kind {
             FailureKind::Setup => Self::Init(failure.text),
-            kind => {
-                Self::Program { missing: kind == FailureKind::NotFound, text: failure.text }
-            }
+            kind => Self::Program { missing: kind == FailureKind::NotFound, text: failure.text },
         }
     }
 }
@@ -403,7 +401,8 @@ impl Profile {
         }
         process.oom_score_adj = process.oom_score_adj.or(own.oom_score_adj);
         process.user.umask = process.user.umask.or(own.user.umask);
-        process.apparmor_profile = process.apparmor_profile.or_else(|| own.apparmor_profile.clone());
+        process.apparmor_profile =
+            process.apparmor_profile.or_else(|| own.apparmor_profile.clone());
         process.selinux_label = process.selinux_label.or_else(|| own.selinux_label.clone());
         process
     }

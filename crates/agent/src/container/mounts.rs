@@ -263,12 +263,14 @@ impl Job<'_> {
         let text = self.destination.to_string_lossy();
         if below.as_os_str().is_empty() {
             let is_proc = source.is_some_and(|source| {
-                rustix::fs::statfs(source).is_ok_and(|stat| i64::from(stat.f_type) == PROC_MAGIC)
+                rustix::fs::statfs(source).is_ok_and(|stat| stat.f_type == PROC_MAGIC)
             });
             if is_proc {
                 return Ok(());
             }
-            return Err(Failure::setup(format!("{text:?} cannot be mounted because it is not of type proc")));
+            return Err(Failure::setup(format!(
+                "{text:?} cannot be mounted because it is not of type proc"
+            )));
         }
         if PROC_FILES.contains(&text.as_ref()) {
             return Ok(());
@@ -310,12 +312,8 @@ pub(super) fn make_readonly(handle: BorrowedFd<'_>) -> Step {
 
 /// Changes attributes of a mount and all below it.
 fn set_tree(handle: BorrowedFd<'_>, tree: TreeAttributes) -> Step {
-    let attributes = libc::mount_attr {
-        attr_set: tree.set,
-        attr_clr: tree.clear,
-        propagation: 0,
-        userns_fd: 0,
-    };
+    let attributes =
+        libc::mount_attr { attr_set: tree.set, attr_clr: tree.clear, propagation: 0, userns_fd: 0 };
     // SAFETY: the path is an empty NUL-terminated string and the structure lives through
     // the call, which is told its size.
     let result = unsafe {
@@ -347,5 +345,5 @@ fn copy_tree(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
 /// Whether a handle is on a devpts.
 pub(super) fn is_devpts(handle: BorrowedFd<'_>) -> bool {
     const DEVPTS_MAGIC: i64 = 0x1cd1;
-    fstatfs(handle).is_ok_and(|stat| i64::from(stat.f_type) == DEVPTS_MAGIC)
+    fstatfs(handle).is_ok_and(|stat| stat.f_type == DEVPTS_MAGIC)
 }

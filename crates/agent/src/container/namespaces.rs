@@ -53,8 +53,9 @@ pub(super) fn build(config: &Config, channel: &Channel) -> Step {
     let mut joined = Vec::new();
     for namespace in linux.namespaces.iter().filter(|n| n.kind != NamespaceKind::Network) {
         if let Some(path) = &namespace.path {
-            let file = File::open(path)
-                .context(|| format!("open the {:?} namespace {}", namespace.kind, path.display()))?;
+            let file = File::open(path).context(|| {
+                format!("open the {:?} namespace {}", namespace.kind, path.display())
+            })?;
             joined.push((namespace.kind, file));
             wanted.remove(flag(namespace.kind));
         }
@@ -98,9 +99,8 @@ fn become_root() -> Step {
 /// when the agent knows it; this process ends.
 fn fork(channel: &Channel) -> Step {
     // SAFETY: this process has one thread, so the child may go on in it as after fork(2).
-    let pid = unsafe {
-        libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0)
-    };
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) };
     match pid {
         0 => channel.wait_for_go().context(|| "wait for the agent"),
         -1 => Err(io::Error::last_os_error()).context(|| "make the container's first process"),

@@ -244,8 +244,7 @@ pub(super) fn look_up(program: &str, environment: &Environment) -> Step<PathBuf>
             Ok(()) => Ok(path),
             Err((error, stat)) => {
                 let missing = error.raw_os_error() == Some(libc::ENOENT);
-                let kind =
-                    if missing { FailureKind::NotFound } else { FailureKind::NotExecutable };
+                let kind = if missing { FailureKind::NotFound } else { FailureKind::NotExecutable };
                 let doing = if stat { format!("stat {program}: ") } else { String::new() };
                 Err(failed(kind, format!("{doing}{}", reason(&error))))
             }
@@ -255,7 +254,9 @@ pub(super) fn look_up(program: &str, environment: &Environment) -> Step<PathBuf>
         .get("PATH")
         .unwrap_or_default()
         .split(':')
-        .map(|directory| Path::new(if directory.is_empty() { "." } else { directory }).join(program))
+        .map(|directory| {
+            Path::new(if directory.is_empty() { "." } else { directory }).join(program)
+        })
         .find(|path| executable(path).is_ok())
         .ok_or_else(|| {
             failed(FailureKind::NotFound, "executable file not found in $PATH".to_owned())
@@ -350,10 +351,7 @@ mod tests {
     #[test]
     fn missing_program_reads_as_docker_expects() {
         let failure = look_up("no-such-program", &environment(&["PATH=/bin"])).unwrap_err();
-        assert_eq!(
-            failure.text,
-            r#"exec: "no-such-program": executable file not found in $PATH"#
-        );
+        assert_eq!(failure.text, r#"exec: "no-such-program": executable file not found in $PATH"#);
         assert_eq!(failure.kind, FailureKind::NotFound);
         let failure = look_up("/no/such", &environment(&[])).unwrap_err();
         assert_eq!(failure.text, r#"exec: "/no/such": stat /no/such: no such file or directory"#);
@@ -365,7 +363,10 @@ mod tests {
         let failure = look_up("/etc/passwd", &environment(&[])).unwrap_err();
         assert_eq!(failure.text, r#"exec: "/etc/passwd": permission denied"#);
         assert_eq!(failure.kind, FailureKind::NotExecutable);
-        assert_eq!(look_up("/etc", &environment(&[])).unwrap_err().kind, FailureKind::NotExecutable);
+        assert_eq!(
+            look_up("/etc", &environment(&[])).unwrap_err().kind,
+            FailureKind::NotExecutable
+        );
     }
 
     #[test]

@@ -51,8 +51,7 @@ fn make_parent_private(root: &Path) -> Step {
             // Not a mount point: the one above it, then.
             Err(Errno::EINVAL) if path.parent().is_some() => {}
             result => {
-                return result
-                    .context(|| format!("make the mount at {} private", path.display()));
+                return result.context(|| format!("make the mount at {} private", path.display()));
             }
         }
     }
@@ -70,7 +69,8 @@ pub(super) fn close(inside: &Inside, spec: &Spec) -> Step {
         let what = || format!("readonly path {}", path.display());
         let Some(handle) = existing(inside, path)? else { continue };
         let place = proc_path(handle.as_fd());
-        mount(Some(&place), &place, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).context(what)?;
+        mount(Some(&place), &place, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
+            .context(what)?;
         let Some(handle) = existing(inside, path)? else { continue };
         mounts::make_readonly(handle.as_fd())?;
     }

@@ -21,8 +21,8 @@ pub(super) fn apply(spec: &Spec, proc: BorrowedFd<'_>) -> Step {
         let what = || format!("set sysctl {name} to {value:?}");
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-        let file = openat2(proc, format!("sys/{path}"), flags, Mode::empty(), resolve)
-            .context(what)?;
+        let file =
+            openat2(proc, format!("sys/{path}"), flags, Mode::empty(), resolve).context(what)?;
         write(&file, value.as_bytes()).context(what)?;
     }
     Ok(())

@@ -43,12 +43,20 @@ pub(super) fn ret(action: u32) -> Instruction {
 }
 
 /// `if accumulator >= bound { right } else { left }`; both must end by themselves.
-pub(super) fn split(bound: u32, left: Vec<Instruction>, right: Vec<Instruction>) -> Vec<Instruction> {
+pub(super) fn split(
+    bound: u32,
+    left: Vec<Instruction>,
+    right: Vec<Instruction>,
+) -> Vec<Instruction> {
     choose(JUMP_GREATER_OR_EQUAL, bound, right, left)
 }
 
 /// `if accumulator == value { yes } else { no }`; both must end by themselves.
-pub(super) fn if_equal(value: u32, yes: Vec<Instruction>, no: Vec<Instruction>) -> Vec<Instruction> {
+pub(super) fn if_equal(
+    value: u32,
+    yes: Vec<Instruction>,
+    no: Vec<Instruction>,
+) -> Vec<Instruction> {
     choose(JUMP_EQUAL, value, yes, no)
 }
 
@@ -119,7 +127,7 @@ fn check(condition: &Condition, wide: bool, rest: usize) -> Vec<Instruction> {
     if let Operator::Masked(mask) = condition.operator {
         steps.push((plain(AND, mask as u32), Next, Next));
     }
-    let last = match condition.operator {
+    steps.push(match condition.operator {
         Operator::Equal => jump(JUMP_EQUAL, low_value, Yes, No),
         Operator::NotEqual => jump(JUMP_EQUAL, low_value, No, Yes),
         Operator::Greater => jump(JUMP_GREATER, low_value, Yes, No),
@@ -149,7 +157,12 @@ fn check(condition: &Condition, wide: bool, rest: usize) -> Vec<Instruction> {
 
 /// Runs a program as the kernel would; for tests.
 #[cfg(test)]
-pub(super) fn run(program: &[Instruction], architecture: u32, number: u32, arguments: [u64; 6]) -> u32 {
+pub(super) fn run(
+    program: &[Instruction],
+    architecture: u32,
+    number: u32,
+    arguments: [u64; 6],
+) -> u32 {
     let mut data = Vec::new();
     data.extend(number.to_le_bytes());
     data.extend(architecture.to_le_bytes());

@@ -66,9 +66,7 @@ impl Calls {
                 .collect()
         }
         use syscalls::{x86, x86_64};
-        let native = || {
-            all(x86_64::Sysno::last().id(), x86_64::Sysno::new, x86_64::Sysno::name)
-        };
+        let native = || all(x86_64::Sysno::last().id(), x86_64::Sysno::new, x86_64::Sysno::name);
         let mut calls = match architecture {
             Architecture::X86_64 => native(),
             Architecture::X86 => all(x86::Sysno::last().id(), x86::Sysno::new, x86::Sysno::name),

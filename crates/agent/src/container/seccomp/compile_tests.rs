@@ -39,7 +39,10 @@ fn listed_calls_are_allowed_others_denied_newer_ones_unknown() {
     let profile =
         profile("SCMP_ACT_ERRNO", &ALL, vec![rule(&["read", "openat2"], "SCMP_ACT_ALLOW", vec![])]);
     let native = |number| run(&profile, AUDIT_X86_64, number, [0; 6]);
-    assert_eq!((native(0), native(1), native(437), native(438)), (ALLOW, EPERM, ALLOW, NO_SUCH_CALL));
+    assert_eq!(
+        (native(0), native(1), native(437), native(438)),
+        (ALLOW, EPERM, ALLOW, NO_SUCH_CALL)
+    );
     assert_eq!(native(X32_BIT), ALLOW);
     assert_eq!(native(X32_BIT | 438), NO_SUCH_CALL);
     assert_eq!(run(&profile, AUDIT_X86, 3, [0; 6]), ALLOW);
