@@ -85,7 +85,10 @@ impl Server {
     /// As [`Self::explain`] tells.
     pub async fn call<T>(
         &self,
-        call: impl AsyncFnOnce(&containerd_shim_protos::shim_async::TaskClient, Context) -> ttrpc::Result<T>,
+        call: impl AsyncFnOnce(
+            &containerd_shim_protos::shim_async::TaskClient,
+            Context,
+        ) -> ttrpc::Result<T>,
     ) -> Result<T> {
         call(self.tasks(), context()).await.map_err(|error| self.explain(error))
     }
@@ -158,7 +161,8 @@ impl Server {
         let request = ShutdownRequest { id: self.sandbox.to_string(), now, ..Default::default() };
         match self.tasks().shutdown(context(), &request).await {
             // The server may end before its answer is out.
-            Ok(_) | Err(ttrpc::Error::Socket(_) | ttrpc::Error::RemoteClosed | ttrpc::Error::Eof) => {}
+            Ok(_)
+            | Err(ttrpc::Error::Socket(_) | ttrpc::Error::RemoteClosed | ttrpc::Error::Eof) => {}
             Err(error) => return Err(self.explain(error)),
         }
         let Some(server) = server else { return Ok(true) };
@@ -187,7 +191,8 @@ impl Server {
 }
 
 fn ended(process: &OwnedFd, within: Duration) -> bool {
-    let timeout = Timespec { tv_sec: within.as_secs() as i64, tv_nsec: within.subsec_nanos().into() };
+    let timeout =
+        Timespec { tv_sec: within.as_secs() as i64, tv_nsec: within.subsec_nanos().into() };
     let mut fds = [PollFd::new(process, PollFlags::IN)];
     rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timeout))).is_ok_and(|ready| ready > 0)
 }

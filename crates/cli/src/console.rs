@@ -214,13 +214,9 @@ mod tests {
         let mut name = [0; 64];
         let mut space = nix::cmsg_space!([i32; 1]);
         let mut data = [IoSliceMut::new(&mut name)];
-        let message = recvmsg::<()>(
-            stream.as_raw_fd(),
-            &mut data,
-            Some(&mut space),
-            MsgFlags::empty(),
-        )
-        .unwrap();
+        let message =
+            recvmsg::<()>(stream.as_raw_fd(), &mut data, Some(&mut space), MsgFlags::empty())
+                .unwrap();
         let length = message.bytes;
         let Some(ControlMessageOwned::ScmRights(fds)) = message.cmsgs().unwrap().next() else {
             panic!("no descriptor came");

@@ -152,12 +152,11 @@ impl Parsed {
                 _ => FlagError::Unknown(name.to_owned()),
             });
         };
-        let bad = |value: &str| FlagError::BadValue { name: name.to_owned(), value: value.to_owned() };
+        let bad =
+            |value: &str| FlagError::BadValue { name: name.to_owned(), value: value.to_owned() };
         let value = match (flag.kind, inline) {
             (Kind::Switch, None) => "true".to_owned(),
-            (Kind::Switch, Some(value)) => {
-                go_bool(&value).ok_or_else(|| bad(&value))?.to_string()
-            }
+            (Kind::Switch, Some(value)) => go_bool(&value).ok_or_else(|| bad(&value))?.to_string(),
             (_, Some(value)) => value,
             (_, None) => rest.next().ok_or_else(|| FlagError::NoValue(name.to_owned()))?,
         };
@@ -272,7 +271,10 @@ mod tests {
 
     #[test]
     fn a_value_may_look_like_a_flag() {
-        assert_eq!(read(Order::Anywhere, "--memory-swap -1 x").unwrap().number("memory-swap"), Some(-1));
+        assert_eq!(
+            read(Order::Anywhere, "--memory-swap -1 x").unwrap().number("memory-swap"),
+            Some(-1)
+        );
     }
 
     #[test]

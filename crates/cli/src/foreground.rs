@@ -122,7 +122,8 @@ fn send(process: &OwnedFd, signal: Signal) {
 /// When the terminal cannot be served.
 pub async fn wait(stand_in: &Child, signals: Signals, terminal: Option<Pty>) -> Result<u8> {
     let proxy = terminal.map(Pty::proxy).transpose()?;
-    let master = proxy.as_ref().map(Proxy::master).transpose().context("cannot copy the terminal")?;
+    let master =
+        proxy.as_ref().map(Proxy::master).transpose().context("cannot copy the terminal")?;
     signals.pass_to(stand_in, master)?;
     let status = stand_in.wait().await.context("cannot wait for the container's process")?;
     if let Some(proxy) = proxy {

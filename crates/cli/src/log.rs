@@ -28,7 +28,8 @@ pub enum Format {
 /// # Errors
 /// When the file cannot be opened.
 pub fn start(file: Option<&Path>, format: Format, level: LevelFilter) -> io::Result<bool> {
-    let file = file.filter(|path| !path.as_os_str().is_empty() && *path != Path::new("/dev/stderr"));
+    let file =
+        file.filter(|path| !path.as_os_str().is_empty() && *path != Path::new("/dev/stderr"));
     let builder = tracing_subscriber::fmt().with_max_level(level).event_format(Logrus(format));
     // A second start (tests) keeps the first.
     match file {

@@ -14,7 +14,6 @@ mod image;
 mod log;
 mod record;
 mod runtime;
-mod sandbox_end;
 mod signal;
 mod stand_in;
 mod time;

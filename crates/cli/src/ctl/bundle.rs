@@ -214,7 +214,9 @@ mod tests {
         let resources = spec.linux().resources.clone().unwrap();
         assert_eq!(resources.memory.unwrap().limit, Some(64 << 20));
         assert_eq!(resources.cpu.unwrap().quota, Some(50_000));
-        assert!(spec_of("run x", &image).unwrap().process.unwrap().args.ends_with(&["default".into()]));
+        assert!(
+            spec_of("run x", &image).unwrap().process.unwrap().args.ends_with(&["default".into()])
+        );
     }
 
     #[test]

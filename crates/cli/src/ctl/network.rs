@@ -161,9 +161,8 @@ fn parse_routes(text: &str) -> Vec<(u32, u32)> {
         .filter_map(|line| {
             let fields: Vec<&str> = line.split_whitespace().collect();
             // The kernel prints them in the machine's byte order.
-            let number = |at: usize| {
-                Some(u32::from_str_radix(fields.get(at)?, 16).ok()?.swap_bytes())
-            };
+            let number =
+                |at: usize| Some(u32::from_str_radix(fields.get(at)?, 16).ok()?.swap_bytes());
             Some((number(1)?, number(7)?))
         })
         .filter(|(_, mask)| *mask != 0)

@@ -28,7 +28,8 @@ pub fn run(run: &Run, config: Option<&Path>) -> Result<u8> {
         let workdir = Workdir::create(&id)?;
         let (rootfs, image) = root_of(source, workdir.path())?;
         let network = connect(run, &id)?;
-        let hostname = run.hostname.clone().unwrap_or_else(|| id.as_str().chars().take(63).collect());
+        let hostname =
+            run.hostname.clone().unwrap_or_else(|| id.as_str().chars().take(63).collect());
         bundle::write(
             workdir.path(),
             &Wanted {

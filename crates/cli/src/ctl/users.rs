@@ -29,7 +29,9 @@ fn read(root: &ConfinedRoot, path: &str) -> Result<String> {
     let mut bytes = Vec::new();
     match root.read(Path::new(path)) {
         Ok(file) => {
-            file.take(MAX).read_to_end(&mut bytes).with_context(|| format!("cannot read {path}"))?;
+            file.take(MAX)
+                .read_to_end(&mut bytes)
+                .with_context(|| format!("cannot read {path}"))?;
         }
         // An image without users, or with a strange file: numbers still work.
         Err(error) => tracing::debug!("{path} of the image is not used: {error}"),

@@ -19,11 +19,7 @@ const ROOT: &str = "/run/kata-ctl";
 
 /// The settings of `kata-ctl`'s containers.
 pub fn global(config: Option<&Path>) -> Global {
-    Global {
-        root: Root::new(ROOT),
-        config: config.map(Path::to_owned),
-        ..Global::default()
-    }
+    Global { root: Root::new(ROOT), config: config.map(Path::to_owned), ..Global::default() }
 }
 
 /// One run's directory, removed when dropped.

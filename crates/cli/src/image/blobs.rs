@@ -75,7 +75,8 @@ impl Blobs {
     pub fn open(&self, name: &str) -> Result<Box<dyn Read>> {
         match self {
             Self::Directory(root) => {
-                let file = root.read(Path::new(name)).with_context(|| format!("{name} is missing"))?;
+                let file =
+                    root.read(Path::new(name)).with_context(|| format!("{name} is missing"))?;
                 Ok(Box::new(file))
             }
             Self::Archive { file, members } => {

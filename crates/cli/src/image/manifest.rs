@@ -117,8 +117,7 @@ fn choose(index: &Index) -> Result<&Descriptor> {
 }
 
 fn docker(blobs: Blobs) -> Result<Image> {
-    let manifests: Vec<DockerManifest> =
-        parse("manifest.json", &blobs.document("manifest.json")?)?;
+    let manifests: Vec<DockerManifest> = parse("manifest.json", &blobs.document("manifest.json")?)?;
     let [manifest] = manifests.as_slice() else {
         bail!("it holds {} images: save one at a time", manifests.len());
     };

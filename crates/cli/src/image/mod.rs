@@ -47,9 +47,9 @@ pub struct Digest(String);
 
 impl Digest {
     fn parse(text: &str) -> Result<Self> {
-        let hex = text.strip_prefix("sha256:").with_context(|| {
-            format!("digest {text:?} is not supported: images must use sha256")
-        })?;
+        let hex = text
+            .strip_prefix("sha256:")
+            .with_context(|| format!("digest {text:?} is not supported: images must use sha256"))?;
         if hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             bail!("digest {text:?} is malformed");
         }

@@ -63,7 +63,11 @@ impl ConfinedRoot {
     }
 
     /// Opens a directory; makes what is missing of it. Calls `made` with each new one's path.
-    pub fn make_directories(&self, path: &Path, mut made: impl FnMut(&Path)) -> io::Result<OwnedFd> {
+    pub fn make_directories(
+        &self,
+        path: &Path,
+        mut made: impl FnMut(&Path),
+    ) -> io::Result<OwnedFd> {
         match self.resolve(path, DIRECTORY) {
             Err(Errno::NOENT) => {}
             other => return Ok(other?),

@@ -111,7 +111,11 @@ fn whiteouts_remove_what_lower_layers_had() {
     let target = Target::new();
     target.unpack(&tar(&[(FILE, "a/one", ""), (FILE, "a/two/x", ""), (FILE, "b/c", "")])).unwrap();
     target
-        .unpack(&tar(&[(FILE, "a/.wh.two", ""), (FILE, "b/new", "n"), (FILE, "b/.wh..wh..opq", "")]))
+        .unpack(&tar(&[
+            (FILE, "a/.wh.two", ""),
+            (FILE, "b/new", "n"),
+            (FILE, "b/.wh..wh..opq", ""),
+        ]))
         .unwrap();
     assert!(target.root().join("a/one").exists());
     assert!(!target.root().join("a/two").exists());
@@ -122,7 +126,9 @@ fn whiteouts_remove_what_lower_layers_had() {
 #[test]
 fn a_whiteout_of_the_parent_does_nothing() {
     let target = Target::new();
-    target.unpack(&tar(&[(FILE, "a/x", ""), (FILE, "a/.wh...", ""), (FILE, "a/.wh..", "")])).unwrap();
+    target
+        .unpack(&tar(&[(FILE, "a/x", ""), (FILE, "a/.wh...", ""), (FILE, "a/.wh..", "")]))
+        .unwrap();
     target.unpack(&tar(&[(FILE, ".wh...", ""), (FILE, ".wh.", "")])).unwrap();
     target.secret_is_safe();
     assert!(target.root().join("a/x").exists());
@@ -317,8 +323,7 @@ fn what_docker_save_writes_is_understood() {
         "rootfs": {"diff_ids": [format!("sha256:{}", digest(&layer).0)]}})
     .to_string();
     let config_name = format!("{}.json", digest(config.as_bytes()).0);
-    let manifest =
-        serde_json::json!([{"Config": config_name, "RepoTags": ["x:1"], "Layers": ["b/layer.tar"]}]);
+    let manifest = serde_json::json!([{"Config": config_name, "RepoTags": ["x:1"], "Layers": ["b/layer.tar"]}]);
     let mut archive = Builder::new(Vec::new());
     add(&mut archive, FILE, "a/layer.tar", "", &layer);
     // As Docker shares layers between images.

@@ -6,8 +6,8 @@ use super::root::{ConfinedRoot, children, remove};
 use anyhow::{Context, Result, bail};
 use flate2::read::MultiGzDecoder;
 use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chownat, fchmod,
-    fchown, fsetxattr, futimens, linkat, mkdirat, mkfifoat, openat, statat, symlinkat, utimensat,
+    AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chownat, fchmod, fchown,
+    fsetxattr, futimens, linkat, mkdirat, mkfifoat, openat, statat, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
@@ -297,8 +297,7 @@ fn write_file<R: Read>(
     attributes: &Attributes,
     entry: &mut Entry<'_, R>,
 ) -> Result<()> {
-    let flags =
-        OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut file = File::from(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?);
     let expected = entry.size();
     let written = io::copy(entry, &mut file).context("cannot write its contents")?;
@@ -343,4 +342,3 @@ fn inside(path: &Path) -> Result<PathBuf> {
     }
     Ok(parts)
 }
-

@@ -66,8 +66,18 @@ fn findings(config: &SandboxConfig) -> Vec<Finding> {
     vec![
         Finding { what: "accelerator", found: Ok(verdict.to_string()), needed: true },
         file("hypervisor", &hypervisor.path, "apt-get install qemu-system-x86", true),
-        file("guest kernel", &hypervisor.kernel, "make install, or set kernel in configuration.toml", true),
-        file("guest initramfs", &hypervisor.initrd, "make install, or set initrd in configuration.toml", true),
+        file(
+            "guest kernel",
+            &hypervisor.kernel,
+            "make install, or set kernel in configuration.toml",
+            true,
+        ),
+        file(
+            "guest initramfs",
+            &hypervisor.initrd,
+            "make install, or set initrd in configuration.toml",
+            true,
+        ),
         Finding {
             what: "firmware",
             found: find_firmware(kata_hypervisor::Machine::Q35)
@@ -76,7 +86,12 @@ fn findings(config: &SandboxConfig) -> Vec<Finding> {
             needed: false,
         },
         file("tap devices", Path::new("/dev/net/tun"), "modprobe tun", true),
-        file("vsock", Path::new("/dev/vhost-vsock"), "the agent is reached by a serial port", false),
+        file(
+            "vsock",
+            Path::new("/dev/vhost-vsock"),
+            "the agent is reached by a serial port",
+            false,
+        ),
         Finding {
             what: "control groups",
             found: kata_cgroups::Hierarchy::detect()

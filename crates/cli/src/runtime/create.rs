@@ -325,8 +325,14 @@ mod tests {
     fn a_container_of_a_pod_joins_its_sandbox() {
         let id: Id = "c1".parse().unwrap();
         for pairs in [
-            [("io.kubernetes.cri.container-type", "container"), ("io.kubernetes.cri.sandbox-id", "p1")],
-            [("io.kubernetes.cri-o.ContainerType", "container"), ("io.kubernetes.cri-o.SandboxID", "p1")],
+            [
+                ("io.kubernetes.cri.container-type", "container"),
+                ("io.kubernetes.cri.sandbox-id", "p1"),
+            ],
+            [
+                ("io.kubernetes.cri-o.ContainerType", "container"),
+                ("io.kubernetes.cri-o.SandboxID", "p1"),
+            ],
         ] {
             assert_eq!(sandbox_of(&id, &annotations(&pairs)).unwrap().as_str(), "p1");
         }

@@ -6,6 +6,7 @@ use crate::record::{NOT_FOUND, Record};
 use anyhow::{Context, Result, bail};
 use kata_oci::Status;
 use kata_protocol::Id;
+use kata_sandbox::SandboxDir;
 use std::time::Duration;
 
 /// How long a killed container may take to be seen as stopped.
@@ -126,6 +127,6 @@ pub async fn undo(server: &Server, id: &Id, alone: bool) {
 
 /// Removes what is left of a sandbox, from its state file alone.
 async fn clean_up(sandbox: &Id) -> Result<()> {
-    crate::sandbox_end::clean_up(sandbox)
+    kata_sandbox::cleanup(&SandboxDir::of(sandbox))
         .with_context(|| format!("cannot remove what is left of sandbox {sandbox}"))
 }

@@ -40,7 +40,7 @@ pub fn kata_env(config: Option<&Path>, as_json: bool) -> Result<u8> {
 /// `--show-default-config-paths`: where the configuration is looked for.
 pub fn show_paths() -> u8 {
     let places = kata_config::Places::of_this_program();
-    println!("{}", places.etc.join("configuration.toml").display());
+    println!("{}", places.etc.join("kata-containers/configuration.toml").display());
     for share in &places.share {
         println!("{}", share.join("defaults/kata-containers/configuration.toml").display());
     }

@@ -7,8 +7,8 @@ use crate::console::Pty;
 use crate::flags::Parsed;
 use crate::foreground::{self, Signals};
 use crate::record::Record;
-use crate::stand_in::launch::{self, Request};
 use crate::stand_in::Netns;
+use crate::stand_in::launch::{self, Request};
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::api::ExecProcessRequest;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -185,7 +185,8 @@ fn set_user(user: &mut Value, flags: &Parsed) -> Result<()> {
             Some((uid, gid)) => (uid, Some(gid)),
             None => (text, None),
         };
-        let uid: u32 = uid.parse().with_context(|| format!("parsing {uid} as int for uid failed"))?;
+        let uid: u32 =
+            uid.parse().with_context(|| format!("parsing {uid} as int for uid failed"))?;
         user["uid"] = json!(uid);
         if let Some(gid) = gid {
             let gid: u32 =
@@ -219,7 +220,8 @@ mod tests {
 
     #[test]
     fn flags_change_the_containers_own_process() {
-        let flags = parsed("exec", "-u 1:2 -g 3 -g 4 -e A=1 --cwd /x -c CAP_KILL --no-new-privs c1 ls -l");
+        let flags =
+            parsed("exec", "-u 1:2 -g 3 -g 4 -e A=1 --cwd /x -c CAP_KILL --no-new-privs c1 ls -l");
         let process = changed(base(), &flags).unwrap();
         assert_eq!(process["args"], json!(["ls", "-l"]));
         assert_eq!(process["user"], json!({"uid": 1, "gid": 2, "additionalGids": [3, 4]}));

@@ -21,7 +21,8 @@ const CAPABILITIES: &str = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KIL
 
 /// `features`.
 pub fn features() -> Result<u8> {
-    let words = |text: &str| -> Vec<String> { text.split_whitespace().map(str::to_owned).collect() };
+    let words =
+        |text: &str| -> Vec<String> { text.split_whitespace().map(str::to_owned).collect() };
     let capabilities: Vec<String> =
         CAPABILITIES.split_whitespace().map(|name| format!("CAP_{name}")).collect();
     let value = json!({

@@ -13,8 +13,7 @@ use kata_protocol::Id;
 const NOT_RUNNING: &str = "container not running";
 
 /// What containerd calls the resources it sends.
-const RESOURCES_TYPE: &str =
-    "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// A known container, its server if that runs, and its status.
 async fn find(call: &Call) -> Result<(Id, Option<Server>, Status)> {
@@ -103,11 +102,8 @@ pub async fn update(call: &Call) -> Result<u8> {
     let (id, server, status) = find(call).await?;
     let Some(server) = server.filter(|_| status != Status::Stopped) else { bail!(NOT_RUNNING) };
     let any = Any { type_url: RESOURCES_TYPE.to_owned(), value, ..Default::default() };
-    let request = UpdateTaskRequest {
-        id: id.to_string(),
-        resources: Some(any).into(),
-        ..Default::default()
-    };
+    let request =
+        UpdateTaskRequest { id: id.to_string(), resources: Some(any).into(), ..Default::default() };
     server.call(async |tasks, context| tasks.update(context, &request).await).await?;
     Ok(0)
 }

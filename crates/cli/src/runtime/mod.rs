@@ -160,7 +160,9 @@ fn settings(parsed: &Parsed) -> Global {
     Global {
         root: Root::new(parsed.text("root").unwrap_or(DEFAULT_ROOT)),
         systemd_cgroup: parsed.on("systemd-cgroup"),
-        config: config.or_else(|| std::env::var_os("KATA_CONF_FILE").map(PathBuf::from)),
+        config: config.or_else(|| {
+            std::env::var_os(kata_config::CONFIG_ENV).filter(|v| !v.is_empty()).map(PathBuf::from)
+        }),
     }
 }
 

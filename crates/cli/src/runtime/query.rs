@@ -101,7 +101,8 @@ pub async fn list(call: &Call) -> Result<u8> {
     }
     if format == "json" {
         // Go writes an empty list as null, and its readers expect either.
-        let text = if lines.is_empty() { "null".to_owned() } else { serde_json::to_string(&lines)? };
+        let text =
+            if lines.is_empty() { "null".to_owned() } else { serde_json::to_string(&lines)? };
         println!("{text}");
     } else {
         print!("{}", table(&lines));
@@ -218,7 +219,8 @@ mod tests {
         let heading = "ID          PID         STATUS      BUNDLE      CREATED     OWNER\n";
         assert_eq!(table(&[]), heading);
         let text = table(&[example()]);
-        let columns: Vec<usize> = text.lines().map(|line| line.find("OWNER").or(line.find("root")).unwrap()).collect();
+        let columns: Vec<usize> =
+            text.lines().map(|line| line.find("OWNER").or(line.find("root")).unwrap()).collect();
         assert_eq!(columns[0], columns[1]);
     }
 

@@ -132,7 +132,9 @@ mod tests {
     #[test]
     fn flags_become_resources() {
         assert_eq!(
-            value("--memory 64m --memory-swap -1 --cpu-quota 5000 --cpuset-cpus 0-1 --pids-limit 9 c1"),
+            value(
+                "--memory 64m --memory-swap -1 --cpu-quota 5000 --cpuset-cpus 0-1 --pids-limit 9 c1"
+            ),
             json!({"memory": {"limit": 64 << 20, "swap": -1},
                    "cpu": {"quota": 5000, "cpus": "0-1"}, "pids": {"limit": 9}})
         );

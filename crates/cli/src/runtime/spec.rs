@@ -16,7 +16,9 @@ pub fn spec(call: &Call) -> Result<u8> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             bail!("File {} exists. Remove it first", path.display())
         }
-        Err(error) => return Err(error).with_context(|| format!("cannot create {}", path.display())),
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot create {}", path.display()));
+        }
     };
     let mut value = example();
     if call.flags.on("rootless") {
@@ -96,8 +98,7 @@ fn mounts() -> Value {
 fn make_rootless(spec: &mut Value) {
     let uid = rustix::process::geteuid().as_raw();
     let gid = rustix::process::getegid().as_raw();
-    spec["linux"]["namespaces"] =
-        json!([{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "user"}]);
+    spec["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "user"}]);
     spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": uid, "size": 1}]);
     spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": gid, "size": 1}]);
     if let Some(linux) = spec["linux"].as_object_mut() {

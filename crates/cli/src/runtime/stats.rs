@@ -35,7 +35,8 @@ pub fn read(any: &Any) -> Result<Stats> {
 
 fn from_v1(metrics: &v1::Metrics) -> Stats {
     let (cpu, memory) = (&metrics.cpu, &metrics.memory);
-    let entry = |entry: &v1::MemoryEntry| memory_entry(entry.limit, entry.usage, entry.max, entry.failcnt);
+    let entry =
+        |entry: &v1::MemoryEntry| memory_entry(entry.limit, entry.usage, entry.max, entry.failcnt);
     let block = |entries: &[v1::BlkIOEntry]| -> Vec<Value> {
         entries.iter().map(|e| block_entry(e.major, e.minor, &e.op, e.value)).collect()
     };
@@ -178,7 +179,10 @@ mod tests {
 
         let metrics = v2::Metrics {
             memory: MessageField::some(v2::MemoryStat { usage: 9, ..Default::default() }),
-            memory_events: MessageField::some(v2::MemoryEvents { oom_kill: 2, ..Default::default() }),
+            memory_events: MessageField::some(v2::MemoryEvents {
+                oom_kill: 2,
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let any = Any {

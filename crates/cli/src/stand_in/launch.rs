@@ -109,9 +109,11 @@ fn streams(terminal: Option<&Pty>) -> io::Result<[OwnedFd; 3]> {
     let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
     match terminal {
         Some(pty) => Ok([copy(pty.slave())?, copy(pty.slave())?, copy(pty.slave())?]),
-        None => {
-            Ok([copy(io::stdin().as_fd())?, copy(io::stdout().as_fd())?, copy(io::stderr().as_fd())?])
-        }
+        None => Ok([
+            copy(io::stdin().as_fd())?,
+            copy(io::stdout().as_fd())?,
+            copy(io::stderr().as_fd())?,
+        ]),
     }
 }
 
@@ -129,7 +131,11 @@ fn argv(command: &[String]) -> Vec<OsString> {
         enough
     };
     let words: Vec<OsString> = command.iter().take_while(fits).map(OsString::from).collect();
-    if words.is_empty() { vec![name(command).chars().take(64).collect::<String>().into()] } else { words }
+    if words.is_empty() {
+        vec![name(command).chars().take(64).collect::<String>().into()]
+    } else {
+        words
+    }
 }
 
 #[cfg(test)]
