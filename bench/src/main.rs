@@ -1,2 +1,117 @@
-//! Measures what `SPECIFICATION.md` promises.
-fn main() {}
+//! Measures what `SPECIFICATION.md` promises: `make bench`, or `kata-bench [runs]`.
+//!
+//! Ours and runc take turns, so that a noisy machine disturbs both alike; figures are
+//! medians, and promises are ratios wherever the machine would decide an absolute one.
+
+mod memory;
+mod report;
+mod stages;
+mod stdio;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use kata_e2e::arena::{self, Arena};
+use kata_e2e::assets;
+use kata_e2e::command;
+use kata_e2e::docker::{Docker, IMAGE};
+use kata_e2e::oci::Oci;
+use report::{Distribution, Report};
+
+const OURS: &str = "kata-runtime";
+const THEIRS: &str = "runc";
+
+fn main() -> ExitCode {
+    arena::enter(&assets::scratch(), |arena| match measure(arena) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:?}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn measure(arena: &Arena) -> Result<()> {
+    let runs = match std::env::args().nth(1) {
+        Some(text) => text.parse().with_context(|| format!("{text} is no number of runs"))?,
+        None => 15,
+    };
+    assets::install()?;
+    let probe = assets::beside("kata-e2e-probe")?;
+    let mut report = Report::new(runs)?;
+    {
+        let docker = Docker::start(arena, OURS, &probe)?;
+        docker_run(&docker, runs, &mut report)?;
+        stages::measure(&docker, runs, &mut report)?;
+        docker_exec(&docker, runs, &mut report)?;
+        memory::measure(&docker, &mut report)?;
+        stdio::measure(&docker, &mut report)?;
+    }
+    oci_exec(arena, &probe, runs, &mut report)?;
+    report.finish()
+}
+
+fn timed(docker: &Docker, line: &str) -> Result<Duration> {
+    Ok(docker.cmd(line)?.expect_code(0)?.elapsed)
+}
+
+fn docker_run(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
+    eprintln!("bench: docker run --rm {IMAGE} true, {runs} times each in turn");
+    let line = |runtime: &str| format!("run --rm --runtime {runtime} {IMAGE} true");
+    let [ours, theirs] = in_turn(runs, |runtime| timed(docker, &line(runtime)))?;
+    report.compare("docker run --rm busybox true, cold", &ours, &theirs, Some(4.0));
+    Ok(())
+}
+
+fn docker_exec(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
+    eprintln!("bench: docker exec true");
+    let ours = docker.sleeper("")?;
+    let theirs = docker.sleeper("--runtime runc")?;
+    let [ours, theirs] = in_turn(runs * 3, |runtime| {
+        let name = if runtime == OURS { &ours.name } else { &theirs.name };
+        timed(docker, &format!("exec {name} true"))
+    })?;
+    report.compare("docker exec true, warm", &ours, &theirs, Some(2.0));
+    Ok(())
+}
+
+/// The same without the engine, which is most of a `docker exec`.
+fn oci_exec(
+    arena: &Arena,
+    probe: &std::path::Path,
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
+    eprintln!("bench: exec true by the runtimes themselves");
+    let ours = Oci::new(arena, OURS, probe)?;
+    let theirs = Oci::new(arena, THEIRS, probe)?;
+    let idle = "exec sleep 1000000";
+    let (ours_bundle, theirs_bundle) = (ours.bundle(idle)?, theirs.bundle(idle)?);
+    ours_bundle.start()?;
+    theirs_bundle.start()?;
+    let [ours, theirs] = in_turn(runs * 3, |runtime| {
+        let bundle = if runtime == OURS { &ours_bundle } else { &theirs_bundle };
+        let mut exec = bundle.oci.command(&format!("exec {} true", bundle.id));
+        Ok(command::ok(&mut exec)?.elapsed)
+    })?;
+    report.compare("exec true by the runtime itself, warm", &ours, &theirs, Some(2.0));
+    Ok(())
+}
+
+/// Runs both in turn, once unmeasured; returns ours and theirs.
+fn in_turn(
+    runs: usize,
+    mut run: impl FnMut(&'static str) -> Result<Duration>,
+) -> Result<[Distribution; 2]> {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for n in 0..=runs {
+        for (runtime, times) in [(OURS, &mut ours), (THEIRS, &mut theirs)] {
+            let took = run(runtime)?;
+            if n > 0 {
+                times.push(took.as_secs_f64() * 1e3);
+            }
+        }
+    }
+    Ok([Distribution::of(ours), Distribution::of(theirs)])
+}

@@ -1,0 +1,149 @@
+//! Figures as a table for people and as JSON for machines.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use kata_e2e::assets;
+use serde::Serialize;
+
+/// Milliseconds of many runs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Distribution {
+    /// How many.
+    pub runs: usize,
+    /// The fastest.
+    pub min: f64,
+    /// The middle one.
+    pub median: f64,
+    /// One in ten is slower.
+    pub p90: f64,
+}
+
+impl Distribution {
+    /// Of these values; there must be one.
+    pub fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let at = |share: f64| {
+            let last = values.len().saturating_sub(1);
+            // The share is between 0 and 1: the index is one of the list's.
+            let index = (last as f64 * share).round() as usize;
+            values.get(index).copied().unwrap_or(f64::NAN)
+        };
+        Self { runs: values.len(), min: at(0.0), median: at(0.5), p90: at(0.9) }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    what: String,
+    value: f64,
+    unit: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bound: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ours: Option<Distribution>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runc: Option<Distribution>,
+}
+
+/// All figures of one run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    machine: String,
+    runs: usize,
+    rows: Vec<Row>,
+}
+
+impl Report {
+    /// With a line that says on what machine.
+    pub fn new(runs: usize) -> Result<Self> {
+        let cpus = fs::read_to_string("/proc/cpuinfo").context("read /proc/cpuinfo")?;
+        let model = cpus.lines().find_map(|line| line.strip_prefix("model name"));
+        let model = model.unwrap_or_default().trim_start_matches(['\t', ' ', ':']);
+        let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let machine = format!("{count} x {model}, Linux {}", kernel.trim());
+        Ok(Self { machine, runs, rows: Vec::new() })
+    }
+
+    /// A ratio of medians.
+    pub fn compare(
+        &mut self,
+        what: &str,
+        ours: &Distribution,
+        runc: &Distribution,
+        bound: Option<f64>,
+    ) {
+        self.rows.push(Row {
+            what: what.to_owned(),
+            value: ours.median / runc.median,
+            unit: "x runc",
+            bound,
+            ours: Some(*ours),
+            runc: Some(*runc),
+        });
+    }
+
+    /// A figure of many runs.
+    pub fn time(&mut self, what: &str, ours: Distribution, bound: Option<f64>) {
+        let value = ours.median;
+        let what = what.to_owned();
+        self.rows.push(Row { what, value, unit: "ms", bound, ours: Some(ours), runc: None });
+    }
+
+    /// A single figure.
+    pub fn value(&mut self, what: &str, value: f64, unit: &'static str, bound: Option<f64>) {
+        let what = what.to_owned();
+        self.rows.push(Row { what, value, unit, bound, ours: None, runc: None });
+    }
+
+    /// Prints the table and writes `build/bench.json`.
+    pub fn finish(&self) -> Result<()> {
+        println!("\n{}, {} runs, medians (min to p90)\n", self.machine, self.runs);
+        for row in &self.rows {
+            let bound = row.bound.map_or(String::new(), |bound| {
+                let verdict = if row.value <= bound { "holds" } else { "MISSED" };
+                format!("  at most {bound}: {verdict}")
+            });
+            println!("{:48} {:9.2} {:6}{bound}", row.what, row.value, row.unit);
+            for (name, times) in [("ours", row.ours), ("runc", row.runc)] {
+                if let Some(t) = times {
+                    let Distribution { min, median, p90, .. } = t;
+                    println!(
+                        "{:48} {median:9.1} ms      ({min:.1} to {p90:.1})",
+                        format!("    {name}")
+                    );
+                }
+            }
+        }
+        let path = file();
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        fs::write(&path, serde_json::to_vec_pretty(self)?)
+            .with_context(|| format!("write {}", path.display()))?;
+        println!("\nwritten to build/bench.json");
+        Ok(())
+    }
+}
+
+fn file() -> PathBuf {
+    assets::source().join("build/bench.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_and_ends_are_found() {
+        let all = Distribution::of((1..=11).rev().map(f64::from).collect());
+        assert_eq!((all.runs, all.min, all.median, all.p90), (11, 1.0, 6.0, 10.0));
+    }
+
+    #[test]
+    fn one_run_is_its_own_median() {
+        assert_eq!(Distribution::of(vec![3.0]).median, 3.0);
+    }
+}

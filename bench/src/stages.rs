@@ -1,0 +1,54 @@
+//! From nothing to a ready agent, step by step, as the sandbox server wrote it down.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use kata_e2e::docker::Docker;
+use serde::Deserialize;
+
+use crate::report::{Distribution, Report};
+
+#[derive(Deserialize)]
+struct Mark {
+    stage: String,
+    ms: f64,
+}
+
+/// The last thing that is done before the VM's process is started.
+const BEFORE_EXEC: &str = "devices process started";
+const READY: &str = "agent ready";
+
+/// Starts containers one after the other and reads their stages.
+pub fn measure(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
+    eprintln!("bench: stages of {runs} starts");
+    let mut order = Vec::new();
+    let mut steps: HashMap<String, Vec<f64>> = HashMap::new();
+    let mut to_ready = Vec::new();
+    for _ in 0..runs {
+        let container = docker.sleeper("")?;
+        let id = docker.ok(&format!("inspect --format '{{{{.Id}}}}' {}", container.name))?;
+        let file = Path::new("/run/kata-containers").join(&id).join("stages.json");
+        let text = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
+        let marks: Vec<Mark> = serde_json::from_slice(&text)?;
+        let at = |stage: &str| marks.iter().find(|mark| mark.stage == stage).map(|mark| mark.ms);
+        if let (Some(exec), Some(ready)) = (at(BEFORE_EXEC), at(READY)) {
+            to_ready.push(ready - exec);
+        }
+        let mut last = 0.0;
+        for mark in &marks {
+            if !order.contains(&mark.stage) {
+                order.push(mark.stage.clone());
+            }
+            steps.entry(mark.stage.clone()).or_default().push(mark.ms - last);
+            last = mark.ms;
+        }
+    }
+    report.time("VM exec to agent ready, cold", Distribution::of(to_ready), Some(750.0));
+    for stage in order {
+        let times = steps.remove(&stage).unwrap_or_default();
+        report.time(&format!("  step: {stage}"), Distribution::of(times), None);
+    }
+    Ok(())
+}
