@@ -88,7 +88,7 @@ impl Inside {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             result => return result,
         }
-        let mut walk = Walk { done: PathBuf::new(), left: components(path), links: 0 };
+        let mut walk = Walk { done: PathBuf::from("/"), left: components(path), links: 0 };
         while let Some(name) = walk.left.pop_front() {
             self.step(&mut walk, name, leaf, mode)?;
         }
@@ -124,7 +124,7 @@ impl Inside {
     }
 }
 
-/// A path being walked: `done` holds no links any more.
+/// A path being walked: `done` is absolute and holds no links any more.
 struct Walk {
     done: PathBuf,
     left: VecDeque<OsString>,
@@ -140,7 +140,7 @@ impl Walk {
         let target = fs::readlinkat(link, "", Vec::new())?;
         let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
         if target.has_root() {
-            self.done.clear();
+            self.done = PathBuf::from("/");
         }
         for name in components(&target).into_iter().rev() {
             self.left.push_front(name);
