@@ -263,7 +263,8 @@ impl Containers {
         let path = container_path(linux.cgroups_path.as_deref(), id.as_str())?;
         let cgroup = OwnedCgroup(Cgroup::create(hierarchy, &path)?);
         if let Some(resources) = &linux.resources {
-            cgroup.apply(resources, !resources.devices.is_empty())?;
+            // An empty list of devices is a list too: only the default ones may be used.
+            cgroup.apply(resources, true)?;
         }
         Ok(Some(cgroup))
     }

@@ -415,6 +415,7 @@ fn configure(boot: &Boot<'_>) -> Result<(SandboxConfig, Sizing), SandboxError> {
     for warning in &config.warnings {
         tracing::warn!(sandbox = %boot.sandbox, "configuration: {warning}");
     }
+    config.check_files()?;
     let limits = Limits::of_pod(&boot.spec.annotations)
         .unwrap_or_else(|| Limits::of_container(boot.spec.linux().resources.as_ref()));
     let sizing = Sizing::decide(&config, limits, Host::detect());
@@ -440,10 +441,9 @@ fn join_cgroup(
     Ok(cgroup)
 }
 
-/// Moves this process to where the host's first process is, so that its cgroup can go.
+/// Moves this process to the root of the hierarchies, so that its cgroup can go.
 pub(crate) fn leave_cgroup() -> Result<(), SandboxError> {
     let failed = |source| SandboxError::Cgroup { path: "/".to_owned(), source };
     let hierarchy = Hierarchy::detect().map_err(failed)?;
-    let home = Cgroup::of_process(&hierarchy, 1).map_err(failed)?;
-    home.add(std::process::id().cast_signed()).map_err(failed)
+    hierarchy.leave(std::process::id().cast_signed()).map_err(failed)
 }
