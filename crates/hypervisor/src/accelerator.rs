@@ -1,40 +1,47 @@
-//! KVM or TCG: decided by trying, once per boot of the host.
+//! KVM or TCG: tried, not assumed.
 //!
-//! That `/dev/kvm` opens says little: behind it may be a KVM that interprets a guest at a
-//! thousandth of its speed, or hangs. So a child process (role `kvm-self-test`) runs a
-//! loop in a virtual machine and natively; only a machine that comes near the native speed
-//! counts. The child has [`DEADLINE`]; then it is killed and not waited for.
+//! That `/dev/kvm` opens says little: there are kernels whose KVM interprets a guest
+//! instruction by instruction, or fails on it. So a child process ([`crate::kvm_test`])
+//! runs the same loop natively and in a tiny VM; KVM is good if the VM is nearly as fast.
+//! A ratio, so that it holds on an emulated host, too. The child is killed if it is not
+//! done in time, and never waited for: it may be stuck in the kernel.
+//!
+//! What was found is kept for as long as the host is up.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::AsFd;
-use std::time::Duration;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use kata_jail::{Launch, Role};
+use kata_jail::{Child, Launch, Role};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Accelerator, AcceleratorChoice};
-use crate::{kvm_test, tsc};
+use crate::kvm_test::{self, Outcome};
+use crate::tsc;
 
+/// Where the verdict is kept.
+pub const CACHE: &str = "/run/kata-containers/host.json";
 /// How long the self-test may take.
-pub const DEADLINE: Duration = Duration::from_millis(50);
-/// Least speed of the loop in a guest, in terms of the native one.
-const LEAST_RATIO: f64 = 0.3;
-const CACHE: &str = "host.json";
+const PATIENCE: Duration = Duration::from_millis(45);
+/// On an emulated host everything takes ten times as long.
+const PATIENCE_EMULATED: Duration = Duration::from_millis(450);
+/// How fast the loop must be in the VM, as a part of its native speed.
+const GOOD_RATIO: f64 = 0.3;
+/// The KVM device.
+const KVM: &str = "/dev/kvm";
 
-/// What was decided, and why.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What guests run on, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// What runs guests.
+    /// What guests run on.
     pub accelerator: Accelerator,
     /// Why, in words.
     pub reason: String,
-    /// Rate of the host's time stamp counter, kHz; 0 if it is not constant.
+    /// Rate of the host's time stamp counter, kHz; 0 if it has no constant one.
     pub tsc_khz: u64,
-    /// The boot of the host that it holds for.
-    pub boot_id: String,
 }
 
 impl fmt::Display for Verdict {
@@ -43,115 +50,210 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Decides for `choice`. Takes up to [`DEADLINE`] the first time after a boot.
+/// The verdict as it is kept.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    boot_id: String,
+    #[serde(flatten)]
+    verdict: Verdict,
+}
+
+/// Decides by the configuration and the (kept) self-test. Takes up to 50 ms the first
+/// time after the host booted, next to nothing later.
+///
+/// Uses the role `kvm-self-test` of this binary.
 pub fn choose(choice: AcceleratorChoice) -> Verdict {
-    let verdict = known().unwrap_or_else(|| {
-        let verdict = test();
-        cache::write(CACHE, &verdict);
-        tracing::info!(%verdict, "accelerator chosen");
-        verdict
-    });
-    let configured = |accelerator| Verdict {
-        accelerator,
-        reason: "the configuration says so".to_owned(),
-        ..verdict.clone()
-    };
+    choose_kept_at(choice, Path::new(CACHE))
+}
+
+/// As [`choose`], with the verdict kept elsewhere.
+pub fn choose_kept_at(choice: AcceleratorChoice, cache: &Path) -> Verdict {
+    let found = measured(cache);
     match choice {
-        AcceleratorChoice::Auto => verdict,
-        AcceleratorChoice::Kvm => configured(Accelerator::Kvm),
-        AcceleratorChoice::Tcg => configured(Accelerator::Tcg),
+        AcceleratorChoice::Auto => found,
+        AcceleratorChoice::Kvm => forced(found, Accelerator::Kvm),
+        AcceleratorChoice::Tcg => forced(found, Accelerator::Tcg),
     }
 }
 
-fn known() -> Option<Verdict> {
-    cache::read::<Verdict>(CACHE).filter(|verdict| verdict.boot_id == boot_id())
+fn forced(found: Verdict, accelerator: Accelerator) -> Verdict {
+    let reason = if found.accelerator == accelerator {
+        format!("the configuration says so ({})", found.reason)
+    } else {
+        format!("the configuration says so, though the self-test found: {}", found.reason)
+    };
+    Verdict { accelerator, reason, ..found }
 }
 
-fn boot_id() -> String {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    text.trim().to_owned()
+/// What was found since the host booted, or is found now.
+fn measured(cache: &Path) -> Verdict {
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot_id = boot_id.trim();
+    if let Some(verdict) = kept(cache, boot_id) {
+        return verdict;
+    }
+    let verdict = measure();
+    let Verdict { accelerator, reason, tsc_khz } = &verdict;
+    tracing::info!(%accelerator, reason, tsc_khz, "chose what guests run on");
+    let kept = Kept { boot_id: boot_id.to_owned(), verdict };
+    if let Err(error) = keep(cache, &kept) {
+        tracing::warn!(path = %cache.display(), %error, "cannot keep the accelerator's verdict");
+    }
+    kept.verdict
 }
 
-fn test() -> Verdict {
-    let clock = tsc::is_constant().then(tsc::read);
-    let (accelerator, reason) = match try_kvm() {
-        Ok(ratio) if ratio >= LEAST_RATIO => {
-            (Accelerator::Kvm, format!("a KVM guest runs at {ratio:.2} of native speed"))
-        }
-        Ok(ratio) => (
-            Accelerator::Tcg,
-            format!("a KVM guest runs at only {ratio:.3} of native speed on this host"),
-        ),
+fn kept(cache: &Path, boot_id: &str) -> Option<Verdict> {
+    let kept: Kept = serde_json::from_slice(&std::fs::read(cache).ok()?).ok()?;
+    (kept.boot_id == boot_id && !boot_id.is_empty()).then_some(kept.verdict)
+}
+
+/// Writes it whole or not at all, whoever else does the same meanwhile.
+fn keep(cache: &Path, kept: &Kept) -> io::Result<()> {
+    let directory = cache.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    std::fs::create_dir_all(directory)?;
+    let new = directory.join(format!(".host.json.{}", std::process::id()));
+    let result = std::fs::write(&new, serde_json::to_vec_pretty(kept)?)
+        .and_then(|()| std::fs::rename(&new, cache));
+    if result.is_err() {
+        let _ = std::fs::remove_file(&new);
+    }
+    result
+}
+
+fn measure() -> Verdict {
+    let clock = tsc::read();
+    let (accelerator, reason) = match self_test() {
+        Ok(Outcome { native_ns, vm_ns }) => judge(native_ns, vm_ns),
         Err(reason) => (Accelerator::Tcg, reason),
     };
-    Verdict { accelerator, reason, tsc_khz: clock.map_or(0, tsc::khz_since), boot_id: boot_id() }
+    let tsc_khz = if tsc::is_constant() { tsc::khz_since(clock) } else { 0 };
+    Verdict { accelerator, reason, tsc_khz }
 }
 
-/// Runs the self-test in a child; gives the guest's speed in terms of the native one.
-fn try_kvm() -> Result<f64, String> {
-    if !std::path::Path::new("/dev/kvm").exists() {
-        return Err("there is no /dev/kvm".to_owned());
+fn judge(native_ns: u64, vm_ns: u64) -> (Accelerator, String) {
+    let ratio = native_ns as f64 / vm_ns.max(1) as f64;
+    let accelerator = if ratio >= GOOD_RATIO { Accelerator::Kvm } else { Accelerator::Tcg };
+    let reason = format!("a loop in a KVM guest runs at {ratio:.2} of its native speed");
+    (accelerator, reason)
+}
+
+/// Runs the child. The error says in words why KVM is not to be used.
+fn self_test() -> Result<Outcome, String> {
+    if let Err(error) = std::fs::File::options().read(true).write(true).open(KVM) {
+        return Err(format!("{KVM} cannot be used: {error}"));
     }
-    let failed = |error: &dyn fmt::Display| format!("the KVM self-test cannot be run: {error}");
-    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .map_err(|error| failed(&error))?;
-    let child = Launch::role(Role::KvmSelfTest, "kata-kvm-self-test", &())
-        .and_then(|launch| launch.stdout(write).die_with_parent().spawn())
-        .map_err(|error| failed(&error))?;
-    let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(DEADLINE.subsec_nanos()) };
-    let mut ready = [PollFd::new(&read, PollFlags::IN)];
-    let answered = poll(&mut ready, Some(&timeout)).is_ok_and(|count| count > 0);
-    if !answered {
-        let _ = child.kill(libc::SIGKILL);
-        return Err(format!("a KVM guest did not run a short loop within {DEADLINE:?}"));
-    }
-    let mut text = String::new();
-    let _ = File::from(read).take(1024).read_to_string(&mut text);
+    let cannot = |error: &dyn std::fmt::Display| format!("the self-test did not run: {error}");
+    let (mut answer, writer) = io::pipe().map_err(|error| cannot(&error))?;
+    let child = Launch::role(Role::KvmSelfTest, Role::KvmSelfTest.as_str(), &())
+        .and_then(|launch| launch.stdout(OwnedFd::from(writer)).die_with_parent().spawn())
+        .map_err(|error| cannot(&error))?;
+    let patience = if is_emulated() { PATIENCE_EMULATED } else { PATIENCE };
+    let text = read_until(&mut answer, Instant::now() + patience);
+    end(child);
+    let text = text.map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => {
+            format!("a KVM guest did not finish a short loop within {} ms", patience.as_millis())
+        }
+        _ => cannot(&error),
+    })?;
+    let outcome: Result<Outcome, String> = serde_json::from_slice(&text)
+        .map_err(|_| "the self-test ended without an answer".to_owned())?;
+    outcome.map_err(|error| format!("KVM does not work: {error}"))
+}
+
+/// Ends the child without waiting for it here.
+fn end(child: Child) {
     let _ = child.kill(libc::SIGKILL);
-    // It has answered and ends: this does not take long.
-    let _ = child.pidfd().as_fd();
-    let _ = child.try_wait();
-    text.trim().parse().map_err(|_| format!("the KVM self-test failed: {}", text.trim()))
+    if child.try_wait().is_ok_and(|status| status.is_some()) {
+        return;
+    }
+    // Whoever started it must fetch its status some time; that may be never.
+    let builder = std::thread::Builder::new().name("self-test".to_owned()).stack_size(32 << 10);
+    let _ = builder.spawn(move || child.wait_blocking());
 }
 
-/// The role `kvm-self-test`: prints the ratio, or what went wrong.
-pub fn self_test_main() -> i32 {
-    match kvm_test::ratio() {
-        Ok(ratio) => {
-            println!("{ratio}");
-            0
-        }
-        Err(error) => {
-            println!("{error}");
-            1
-        }
-    }
-}
-
-/// Small facts about the host, kept until it boots again.
-pub(crate) mod cache {
-    use serde::{Serialize, de::DeserializeOwned};
-    use std::fs;
-    use std::path::Path;
-
-    const DIR: &str = "/run/kata-containers";
-
-    /// What was written; none when there is nothing, or nothing that can be read.
-    pub(crate) fn read<T: DeserializeOwned>(name: &str) -> Option<T> {
-        serde_json::from_slice(&fs::read(Path::new(DIR).join(name)).ok()?).ok()
-    }
-
-    /// Writes; without it the fact is found out again.
-    pub(crate) fn write(name: &str, value: &impl Serialize) {
-        let write = || {
-            fs::create_dir_all(DIR)?;
-            let new = Path::new(DIR).join(format!("{name}.{}", std::process::id()));
-            fs::write(&new, serde_json::to_vec(value)?)?;
-            fs::rename(new, Path::new(DIR).join(name))
+/// Everything up to the end of the pipe, or `TimedOut`.
+fn read_until(pipe: &mut io::PipeReader, deadline: Instant) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    loop {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(rest.subsec_nanos()) };
+        let mut polled = [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)];
+        match poll(&mut polled, Some(&timeout)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other?,
         };
-        let written: std::io::Result<()> = write();
-        if let Err(error) = written {
-            tracing::debug!(%error, name, "cannot keep a fact about the host");
+        let mut buffer = [0; 512];
+        match pipe.read(&mut buffer)? {
+            0 => return Ok(text),
+            length => text.extend(&buffer[..length]),
         }
+    }
+}
+
+/// Whether this host is itself a guest of QEMU's TCG.
+fn is_emulated() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+        let name: Vec<u8> =
+            [leaf.ebx, leaf.ecx, leaf.edx].iter().flat_map(|part| part.to_le_bytes()).collect();
+        name == *b"TCGTCGTCGTCG"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Plays the role `kvm-self-test`; gives the exit code.
+pub fn self_test_main() -> i32 {
+    let answer: Result<Outcome, String> = kvm_test::run().map_err(|error| error.to_string());
+    match serde_json::to_vec(&answer) {
+        Ok(text) => i32::from(io::stdout().write_all(&text).is_err()),
+        Err(_) => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Verdict {
+        Verdict { accelerator: Accelerator::Tcg, reason: "tried".to_owned(), tsc_khz: 7 }
+    }
+
+    #[test]
+    fn kvm_must_be_nearly_as_fast_as_the_processor() {
+        assert_eq!(judge(1000, 1000).0, Accelerator::Kvm);
+        assert_eq!(judge(1000, 3000).0, Accelerator::Kvm);
+        assert_eq!(judge(1000, 4000).0, Accelerator::Tcg);
+        assert_eq!(judge(0, 0).0, Accelerator::Tcg);
+    }
+
+    #[test]
+    fn a_verdict_is_kept_until_the_host_boots_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = directory.path().join("new/host.json");
+        assert_eq!(kept(&cache, "boot"), None);
+        keep(&cache, &Kept { boot_id: "boot".to_owned(), verdict: sample() }).unwrap();
+        assert_eq!(kept(&cache, "boot"), Some(sample()));
+        assert_eq!(kept(&cache, "another"), None);
+        assert_eq!(std::fs::read_dir(cache.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_broken_record_is_as_good_as_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = directory.path().join("host.json");
+        std::fs::write(&cache, "{\"boot_id\":").unwrap();
+        assert_eq!(kept(&cache, "boot"), None);
+    }
+
+    #[test]
+    fn the_configuration_has_the_last_word_and_the_reason_says_so() {
+        let verdict = forced(sample(), Accelerator::Kvm);
+        assert_eq!(verdict.accelerator, Accelerator::Kvm);
+        assert_eq!(verdict.tsc_khz, 7);
+        assert!(verdict.reason.contains("tried"));
     }
 }

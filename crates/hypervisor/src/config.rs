@@ -194,7 +194,9 @@ mod tests {
 
     #[test]
     fn what_is_no_hardware_address_is_refused() {
-        for text in ["", "1:2:3:4:5:6", "00:11:22:33:44", "00:11:22:33:44:55:66", "+0:11:22:33:44:55"] {
+        for text in
+            ["", "1:2:3:4:5:6", "00:11:22:33:44", "00:11:22:33:44:55:66", "+0:11:22:33:44:55"]
+        {
             assert!(text.parse::<Mac>().is_err(), "{text:?} was accepted");
         }
     }

@@ -1,6 +1,8 @@
 //! How a machine ended.
 
 use std::fmt;
+use std::future::{Future, IntoFuture};
+use std::pin::Pin;
 use std::process::ExitStatus;
 
 use tokio::sync::watch;
@@ -30,7 +32,7 @@ impl fmt::Display for VmExit {
     }
 }
 
-/// Resolves when a machine has ended. May be cloned and asked again.
+/// Resolves when a machine has ended; to be awaited. May be cloned and asked again.
 #[derive(Clone, Debug)]
 pub struct Exited(pub(crate) watch::Receiver<Option<VmExit>>);
 
@@ -51,5 +53,14 @@ impl Exited {
     /// How it ended, if it has.
     pub fn now(&self) -> Option<VmExit> {
         self.0.borrow().clone()
+    }
+}
+
+impl IntoFuture for Exited {
+    type Output = VmExit;
+    type IntoFuture = Pin<Box<dyn Future<Output = VmExit> + Send>>;
+
+    fn into_future(mut self) -> Self::IntoFuture {
+        Box::pin(async move { self.wait().await })
     }
 }

@@ -1,205 +1,276 @@
-//! QEMU as a hypervisor.
+//! QEMU as the monitor.
 //!
-//! The process is started jailed, with every socket it uses already connected; `command.rs`
-//! says what the machine is, `qmp.rs` talks to it. One task waits for the process's end
-//! and turns it into a [`VmExit`] with a cause.
+//! `args.rs` makes the command line, `cage.rs` the jail, `qmp.rs` speaks to it, `watch.rs`
+//! learns how it ended; here they come together.
 
-mod command;
+mod args;
+mod cage;
 mod qmp;
 mod version;
+mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kata_jail::{Bind, Child, Jail, Launch};
-use serde_json::{Value, json};
+use kata_jail::{Child, Launch};
+use serde_json::{Map, json};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
 
-use crate::config::{Accelerator, ChannelKind, Nic, Share, VmConfig};
-use crate::console::Console;
-use crate::error::host;
-use crate::exit::{Exited, VmExit};
-use crate::{Capabilities, Device, DeviceId, Hypervisor, HypervisorError};
-
-pub use command::find_firmware;
-use qmp::Qmp;
+pub use cage::find_firmware;
 pub use qmp::QmpError;
 
-/// How long the guest may take to let go of a device.
-const UNPLUG: Duration = Duration::from_secs(5);
-/// How long the last words may take to arrive after the process has ended.
-const LAST_WORDS: Duration = Duration::from_millis(50);
-/// Lines of the console that go into an error.
-const LAST_LINES: usize = 10;
+use crate::config::{Accelerator, ChannelKind, Machine, Nic, Share, VmConfig};
+use crate::console::Console;
+use crate::error::{HypervisorError, host};
+use crate::exit::{Exited, VmExit};
+use crate::qemu::args::{CommandLine, Sockets, port_name};
+use crate::qemu::qmp::{Closefd, Command, Cont, DeviceAdd, DeviceDel, Getfd, NetdevAddTap};
+use crate::qemu::qmp::{NetdevDel, Qmp, QmpCapabilities, Quit, Stop};
+use crate::qemu::watch::Watch;
+use crate::{Capabilities, Device, DeviceId, Hypervisor};
 
-/// A QEMU machine.
+/// How long QEMU may take for a command. It answers within milliseconds; a host under
+/// load may keep it from running for a while.
+const COMMAND: Duration = Duration::from_secs(10);
+/// How long a guest may take to let go of a device.
+const UNPLUG: Duration = Duration::from_secs(10);
+/// How long QEMU has to end by itself when it is told to.
+const QUIT: Duration = Duration::from_millis(15);
+/// How long the kernel has to end it when it did not.
+const KILL: Duration = Duration::from_secs(10);
+/// How long after QEMU closed its control socket it must have ended, for that to be the cause.
+const CAUSE: Duration = Duration::from_millis(500);
+
+/// A machine run by QEMU.
+#[derive(Debug)]
 pub struct Qemu {
-    config: VmConfig,
-    capabilities: Capabilities,
-    running: Option<Running>,
+    /// Until it is started.
+    config: Option<VmConfig>,
+    machine: Machine,
+    accelerator: Accelerator,
+    shared_memory: bool,
     console: Console,
-    exit: watch::Sender<Option<VmExit>>,
-    stopping: Arc<AtomicBool>,
-    plugged: u32,
-    free_ports: Vec<u32>,
+    watch: Watch,
+    running: Option<Running>,
 }
 
+/// QEMU's process and what belongs to it.
+#[derive(Debug)]
 struct Running {
     child: Arc<Child>,
     qmp: Qmp,
     agent: Option<UnixStream>,
+    /// What is plugged, by the number of the root port.
+    ports: Vec<Option<DeviceId>>,
+    plugged: u32,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Nobody could reach it any more.
+        let _ = self.child.kill(libc::SIGKILL);
+    }
 }
 
 impl Qemu {
-    /// A machine that is not started yet.
+    /// A machine to be started.
     pub fn new(config: VmConfig) -> Self {
-        let capabilities = Capabilities {
-            plug: config.machine == crate::Machine::Q35 && config.hotplug_ports > 0,
-            plug_vcpus: config.accelerator == Accelerator::Kvm,
-            shared_memory: matches!(config.share, Some(Share::VhostUserFs { .. })),
-        };
         Self {
-            config,
-            capabilities,
-            running: None,
+            machine: config.machine,
+            accelerator: config.accelerator,
+            shared_memory: matches!(config.share, Some(Share::VhostUserFs { .. })),
+            config: Some(config),
             console: Console::default(),
-            exit: watch::Sender::new(None),
-            stopping: Arc::default(),
-            plugged: 0,
-            free_ports: Vec::new(),
+            watch: Watch::new(),
+            running: None,
         }
     }
 
-    fn running(&self) -> Result<&Running, HypervisorError> {
-        self.running.as_ref().ok_or(HypervisorError::State("not started yet"))
+    /// The pid of QEMU, once it is started; else 0.
+    pub fn pid(&self) -> i32 {
+        self.running.as_ref().map_or(0, |running| running.child.pid())
     }
 
-    async fn monitor(
+    fn running(&mut self) -> Result<&mut Running, HypervisorError> {
+        self.running.as_mut().ok_or(HypervisorError::State("not started"))
+    }
+
+    /// Asks QEMU; if it ended meanwhile, that is the error.
+    async fn ask<C: Command>(
+        &mut self,
+        step: &'static str,
+        command: &C,
+    ) -> Result<C::Answer, HypervisorError> {
+        let answer = self.running()?.qmp.call(command, COMMAND).await;
+        self.explain(step, answer).await
+    }
+
+    async fn explain<T>(
         &self,
         step: &'static str,
-        command: &str,
-        arguments: Value,
-    ) -> Result<Value, HypervisorError> {
-        let answer = self.running()?.qmp.execute(command, arguments).await;
-        answer.map_err(|source| HypervisorError::Monitor { step, source })
-    }
-
-    fn launch(&mut self) -> Result<Running, HypervisorError> {
-        for (what, path) in
-            [("qemu", &self.config.qemu), ("guest kernel", &self.config.kernel), ("guest initramfs", &self.config.initrd)]
+        answer: Result<T, QmpError>,
+    ) -> Result<T, HypervisorError> {
+        let source = match answer {
+            Ok(answer) => return Ok(answer),
+            Err(source) => source,
+        };
+        if matches!(source, QmpError::Closed(_) | QmpError::Send(..))
+            && let Ok(exit) = tokio::time::timeout(CAUSE, self.exited().wait()).await
         {
-            std::fs::metadata(path).map_err(|source| HypervisorError::File {
-                what,
-                path: path.clone(),
-                source,
-            })?;
+            return Err(HypervisorError::Exited(exit));
         }
-        let firmware =
-            self.config.firmware.clone().or_else(|| find_firmware(self.config.machine));
-        let major = version::major(&self.config.qemu)?;
-        let (command, sockets) = command::build(&mut self.config, firmware.as_deref(), major)?;
-        let (args, fds, ports) = command.into_args();
-        self.free_ports = (0..ports).rev().collect();
-
-        let (words, stderr) = UnixStream::pair().map_err(host("make a socket"))?;
-        let stderr = OwnedFd::from(stderr.into_std().map_err(host("make a socket"))?);
-        rustix::io::ioctl_fionbio(&stderr, false).map_err(host("make a socket"))?;
-        let mut launch = Launch::program(&self.config.qemu, args).stderr(stderr).die_with_parent();
-        for (fd, at) in fds {
-            launch = launch.fd(fd, at);
-        }
-        if self.config.jail {
-            launch = launch.jail(jail(&self.config, firmware.as_deref()));
-        }
-        let child = Arc::new(launch.spawn()?);
-
-        let said = Console::default();
-        let readers = [
-            tokio::spawn(self.console.clone().follow(stream(sockets.console)?)),
-            tokio::spawn(said.clone().follow(words)),
-        ];
-        tokio::spawn(watch_exit(
-            Arc::clone(&child),
-            readers,
-            self.console.clone(),
-            said,
-            Arc::clone(&self.stopping),
-            self.exit.clone(),
-        ));
-        let agent = sockets.agent.map(stream).transpose()?;
-        Ok(Running { child, qmp: Qmp::new(stream(sockets.qmp)?), agent })
+        Err(HypervisorError::Monitor { step, source })
     }
 
     async fn plug_nic(&mut self, nic: Nic) -> Result<DeviceId, HypervisorError> {
-        let port = self.free_ports.pop().ok_or(HypervisorError::Config(
-            "no free port is left to plug a network interface: connect fewer networks",
-        ))?;
-        self.plugged += 1;
-        let id = format!("nic{}", self.plugged);
-        let plugged = self.plug_nic_at(&id, port, nic).await;
-        if plugged.is_err() {
-            self.free_ports.push(port);
-        }
-        plugged.map(|()| DeviceId(id))
-    }
+        let running = self.running()?;
+        let port =
+            running.ports.iter().position(Option::is_none).ok_or(HypervisorError::Config(
+                "no root port is free for another device; ask for more in the configuration",
+            ))?;
+        running.plugged += 1;
+        let id = format!("plugged{}", running.plugged);
+        let qmp = running.qmp.clone();
 
-    async fn plug_nic_at(&self, id: &str, port: u32, nic: Nic) -> Result<(), HypervisorError> {
-        const STEP: &str = "plug a network interface";
-        let failed = |source| HypervisorError::Monitor { step: STEP, source };
-        let qmp = &self.running()?.qmp;
-        let name = format!("tap-{id}");
-        qmp.execute_with("getfd", json!({"fdname": name}), Some(nic.tap.as_fd()))
-            .await
-            .map_err(failed)?;
-        let netdev = format!("net-{id}");
-        let tap = json!({"type": "tap", "id": netdev, "fd": name, "vhost": false});
-        self.monitor(STEP, "netdev_add", tap).await?;
-        let device = json!({"driver": "virtio-net-pci", "id": id, "netdev": netdev, "romfile": "",
-            "mac": nic.mac.to_string(), "bus": format!("port{port}")});
-        if let Err(error) = self.monitor(STEP, "device_add", device).await {
-            let _ = self.monitor(STEP, "netdev_del", json!({"id": netdev})).await;
+        let name = Getfd { fdname: id.clone() };
+        let answer = qmp.call_with_fd(&name, Some(nic.tap.as_fd()), COMMAND).await;
+        self.explain("hand qemu a tap", answer).await?;
+        let netdev = NetdevAddTap { kind: "tap", id: id.clone(), fd: id.clone() };
+        if let Err(error) = self.ask("make a network interface", &netdev).await {
+            let _ = qmp.call(&Closefd { fdname: id }, COMMAND).await;
             return Err(error);
         }
+        let properties = Map::from_iter([
+            ("netdev".to_owned(), json!(id)),
+            ("mac".to_owned(), json!(nic.mac.to_string())),
+            ("romfile".to_owned(), json!("")),
+        ]);
+        let bus = port_name(port as u32);
+        let device = DeviceAdd { driver: "virtio-net-pci", id: id.clone(), bus, properties };
+        if let Err(error) = self.ask("plug a network interface", &device).await {
+            let _ = qmp.call(&NetdevDel { id }, COMMAND).await;
+            return Err(error);
+        }
+        let id = DeviceId(id);
+        self.running()?.ports[port] = Some(id.clone());
+        Ok(id)
+    }
+
+    /// Spawns QEMU and whatever follows it.
+    fn launch(&mut self, mut config: VmConfig, major: u32) -> Result<(), HypervisorError> {
+        let on_host = cage::paths(&config)?;
+        let (jail, in_jail) = cage::build(&config, &on_host);
+        let paths = if config.jail { &in_jail } else { &on_host };
+
+        let (qmp, qmp_theirs) = pair()?;
+        let (console, console_theirs) = pair()?;
+        let (agent, agent_theirs) = match config.channel {
+            ChannelKind::Serial => pair().map(|(ours, theirs)| (Some(ours), Some(theirs)))?,
+            ChannelKind::Vsock { .. } => (None, None),
+        };
+        let sockets = Sockets { qmp: qmp_theirs, console: console_theirs, agent: agent_theirs };
+        let ports = if self.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
+        let line = CommandLine::new(&mut config, paths, sockets, major)?;
+
+        let (stderr, stderr_theirs) = std::io::pipe().map_err(host("make a pipe"))?;
+        let mut launch = Launch::program(&paths.qemu, line.args)
+            .stderr(OwnedFd::from(stderr_theirs))
+            .die_with_parent();
+        for (fd, at) in line.fds {
+            launch = launch.fd(fd, at);
+        }
+        if config.jail {
+            launch = launch.jail(jail);
+        }
+        let child = Arc::new(launch.spawn()?);
+        tracing::debug!(id = config.id, pid = child.pid(), "qemu started");
+
+        let (qmp, reader) = Qmp::new(qmp);
+        self.running = Some(Running {
+            child: Arc::clone(&child),
+            qmp: qmp.clone(),
+            agent,
+            ports: vec![None; ports as usize],
+            plugged: 0,
+        });
+        self.watch.start(child, &qmp, reader, console, stderr, self.console.clone())?;
+        // Whether QEMU took it shows with the first real command.
+        tokio::spawn(async move { qmp.call(&QmpCapabilities {}, COMMAND).await.map(drop) });
         Ok(())
     }
+}
+
+/// Refuses what cannot be.
+fn check(config: &VmConfig) -> Result<(), HypervisorError> {
+    let plain = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "_+.-".contains(c));
+    let tag = match &config.share {
+        Some(Share::VhostUserFs { tag, .. } | Share::NineP { tag, .. }) => tag.as_str(),
+        None => "none",
+    };
+    let wrong = if !plain(&config.id) || config.id.is_empty() {
+        "a machine's id has only letters, digits and _+.-"
+    } else if !plain(tag) || tag.is_empty() {
+        "a share's tag has only letters, digits and _+.-"
+    } else if config.vcpus == 0 {
+        "a machine needs a virtual CPU"
+    } else if config.memory_mib < 64 {
+        "a machine needs at least 64 MiB of memory"
+    } else if config.hotplug_ports > 64 {
+        "more than 64 root ports do not fit a machine"
+    } else if config.jail && (config.uid == 0 || config.uid == u32::MAX) {
+        "a jailed monitor needs a user of its own, not root"
+    } else if matches!(config.channel, ChannelKind::Vsock { cid: 0..=2 | u32::MAX }) {
+        "a guest's vsock address is 3 or more"
+    } else {
+        return Ok(());
+    };
+    Err(HypervisorError::Config(wrong))
+}
+
+/// A connected pair of sockets: ours, and what QEMU inherits.
+fn pair() -> Result<(UnixStream, OwnedFd), HypervisorError> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(host("make a socket"))?;
+    ours.set_nonblocking(true).map_err(host("make a socket"))?;
+    let ours = UnixStream::from_std(ours).map_err(host("watch a socket"))?;
+    Ok((ours, theirs.into()))
 }
 
 #[async_trait]
 impl Hypervisor for Qemu {
     async fn start(&mut self) -> Result<(), HypervisorError> {
-        if self.running.is_some() {
-            return Err(HypervisorError::State("started already"));
-        }
-        let running = self.launch()?;
-        self.running = Some(running);
-        Ok(())
+        let config = self.config.take().ok_or(HypervisorError::State("started already"))?;
+        check(&config)?;
+        let major = version::major(&config.qemu).await?;
+        self.launch(config, major)
     }
 
     async fn stop(&mut self) -> Result<VmExit, HypervisorError> {
-        self.stopping.store(true, Ordering::Relaxed);
-        self.running()?.child.kill(libc::SIGKILL).map_err(host("end the monitor"))?;
-        Ok(self.exited().wait().await)
+        self.watch.expect_end();
+        let running = self.running()?;
+        let _ = running.qmp.call(&Quit {}, QUIT).await;
+        let child = Arc::clone(&running.child);
+        if let Ok(exit) = tokio::time::timeout(QUIT, self.exited().wait()).await {
+            return Ok(exit);
+        }
+        let _ = child.kill(libc::SIGKILL);
+        let exit = tokio::time::timeout(KILL, self.exited().wait()).await;
+        exit.map_err(|late| host("end qemu")(std::io::Error::from(late)))
     }
 
     async fn pause(&mut self) -> Result<(), HypervisorError> {
-        self.negotiate().await?;
-        self.monitor("pause the machine", "stop", Value::Null).await.map(|_| ())
+        self.ask("pause the virtual machine", &Stop {}).await.map(drop)
     }
 
     async fn resume(&mut self) -> Result<(), HypervisorError> {
-        self.negotiate().await?;
-        self.monitor("resume the machine", "cont", Value::Null).await.map(|_| ())
+        self.ask("resume the virtual machine", &Cont {}).await.map(drop)
     }
 
     async fn plug(&mut self, device: Device) -> Result<DeviceId, HypervisorError> {
-        self.negotiate().await?;
+        if self.machine == Machine::Microvm {
+            return Err(HypervisorError::Config("nothing can be plugged into a microvm; use q35"));
+        }
         match device {
             Device::Nic(nic) => self.plug_nic(nic).await,
         }
@@ -207,26 +278,41 @@ impl Hypervisor for Qemu {
 
     async fn unplug(&mut self, device: &DeviceId) -> Result<(), HypervisorError> {
         const STEP: &str = "unplug a device";
-        self.negotiate().await?;
-        let mut events = self.running()?.qmp.events();
-        self.monitor(STEP, "device_del", json!({"id": device.0})).await?;
-        let deleted = async {
-            while let Ok(event) = events.recv().await {
-                if event.name == "DEVICE_DELETED" && event.data["device"] == device.0 {
-                    return;
+        let running = self.running()?;
+        let port = running.ports.iter().position(|port| port.as_ref() == Some(device));
+        let port = port.ok_or(HypervisorError::Config("there is no such device to unplug"))?;
+        let mut events = running.qmp.events();
+        let id = device.0.clone();
+        self.ask(STEP, &DeviceDel { id: id.clone() }).await?;
+        let gone = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event.name == "DEVICE_DELETED" && event.data["device"] == id => {
+                        return Ok(());
+                    }
+                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(_) => return Err(QmpError::Closed(DeviceDel::NAME)),
                 }
             }
         };
-        tokio::time::timeout(UNPLUG, deleted).await.map_err(|_| HypervisorError::Monitor {
-            step: STEP,
-            source: QmpError::Late,
-        })?;
-        self.monitor(STEP, "netdev_del", json!({"id": format!("net-{}", device.0)})).await?;
+        let mut exited = self.exited();
+        let late = QmpError::Deadline { command: DeviceDel::NAME, deadline: UNPLUG };
+        let gone = tokio::select! {
+            gone = tokio::time::timeout(UNPLUG, gone) => gone.unwrap_or(Err(late)),
+            exit = exited.wait() => return Err(HypervisorError::Exited(exit)),
+        };
+        gone.map_err(|source| HypervisorError::Monitor { step: STEP, source })?;
+        self.ask(STEP, &NetdevDel { id }).await?;
+        self.running()?.ports[port] = None;
         Ok(())
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.capabilities
+        Capabilities {
+            plug: self.machine == Machine::Q35,
+            plug_vcpus: self.machine == Machine::Q35 && self.accelerator == Accelerator::Kvm,
+            shared_memory: self.shared_memory,
+        }
     }
 
     fn pids(&self) -> Vec<i32> {
@@ -234,7 +320,7 @@ impl Hypervisor for Qemu {
     }
 
     fn take_agent_socket(&mut self) -> Option<UnixStream> {
-        self.running.as_mut()?.agent.take()
+        self.running.as_mut().and_then(|running| running.agent.take())
     }
 
     fn console(&self) -> Console {
@@ -242,109 +328,6 @@ impl Hypervisor for Qemu {
     }
 
     fn exited(&self) -> Exited {
-        Exited(self.exit.subscribe())
-    }
-}
-
-impl Qemu {
-    /// Leaves QMP's negotiation mode. Asked before the first command, not at the start:
-    /// most machines never need a command.
-    async fn negotiate(&mut self) -> Result<(), HypervisorError> {
-        match self.running()?.qmp.execute("qmp_capabilities", Value::Null).await {
-            // It was negotiated before.
-            Ok(_) | Err(QmpError::Refused(_)) => Ok(()),
-            Err(source) => Err(HypervisorError::Monitor { step: "reach the monitor", source }),
-        }
-    }
-}
-
-/// What QEMU may see of the host: its own files and the guest's kernel.
-fn jail(config: &VmConfig, firmware: Option<&Path>) -> Jail {
-    let mut binds: Vec<Bind> = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache"]
-        .into_iter()
-        .filter(|path| Path::new(path).exists())
-        .map(Bind::same)
-        .collect();
-    let files = [Some(config.qemu.as_path()), Some(&config.kernel), Some(&config.initrd), firmware];
-    for path in files.into_iter().flatten() {
-        if !path.starts_with("/usr") {
-            binds.push(Bind { source: path.to_owned(), target: path.to_owned(), readonly: true });
-        }
-    }
-    let mut devices = vec![PathBuf::from("/dev/null"), PathBuf::from("/dev/urandom")];
-    if config.accelerator == Accelerator::Kvm {
-        devices.push("/dev/kvm".into());
-    }
-    if matches!(config.channel, ChannelKind::Vsock { .. }) {
-        devices.push("/dev/vhost-vsock".into());
-    }
-    Jail { uid: config.uid, gid: config.uid, binds, devices, ..Jail::default() }
-}
-
-fn stream(fd: OwnedFd) -> Result<UnixStream, HypervisorError> {
-    rustix::io::ioctl_fionbio(&fd, true).map_err(host("watch a socket"))?;
-    UnixStream::from_std(fd.into()).map_err(host("watch a socket"))
-}
-
-async fn watch_exit(
-    child: Arc<Child>,
-    readers: [tokio::task::JoinHandle<()>; 2],
-    console: Console,
-    said: Console,
-    stopping: Arc<AtomicBool>,
-    exit: watch::Sender<Option<VmExit>>,
-) {
-    let status = child.wait().await.ok();
-    for reader in readers {
-        let _ = tokio::time::timeout(LAST_WORDS, reader).await;
-    }
-    let expected = stopping.load(Ordering::Relaxed);
-    let panic = console.panic_line();
-    let cause = cause(status, expected, panic.as_deref(), &said.last_lines(3));
-    let console = console.last_lines(LAST_LINES);
-    let ended = VmExit { status, expected, panicked: panic.is_some(), cause, console };
-    tracing::debug!(cause = ended.cause, "the virtual machine ended");
-    exit.send_replace(Some(ended));
-}
-
-fn cause(
-    status: Option<ExitStatus>,
-    expected: bool,
-    panic: Option<&str>,
-    said: &[String],
-) -> String {
-    if let Some(panic) = panic {
-        return format!("the guest's kernel panicked: {panic}");
-    }
-    if expected {
-        return "it was stopped".to_owned();
-    }
-    let said = if said.is_empty() { String::new() } else { format!(": {}", said.join("; ")) };
-    match status.map(|status| (status.signal(), status.code())) {
-        Some((Some(signal), _)) => format!("qemu was killed by signal {signal}{said}"),
-        Some((_, Some(0))) => format!("the guest powered off{said}"),
-        Some((_, Some(code))) => format!("qemu ended with code {code}{said}"),
-        _ => format!("qemu ended{said}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_cause_names_the_signal_and_what_qemu_said() {
-        let killed = Some(ExitStatus::from_raw(9));
-        assert_eq!(cause(killed, false, None, &[]), "qemu was killed by signal 9");
-        let failed = Some(ExitStatus::from_raw(1 << 8));
-        let said = ["no such option".to_owned()];
-        assert_eq!(cause(failed, false, None, &said), "qemu ended with code 1: no such option");
-    }
-
-    #[test]
-    fn a_panic_is_the_cause_whatever_the_status() {
-        let ok = Some(ExitStatus::from_raw(0));
-        let cause = cause(ok, false, Some("Kernel panic - not syncing: x"), &[]);
-        assert!(cause.contains("not syncing: x"), "{cause}");
+        self.watch.exited()
     }
 }

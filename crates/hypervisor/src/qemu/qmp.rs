@@ -1,264 +1,371 @@
-//! QEMU's machine protocol: one JSON object per line, both ways.
+//! QEMU's control socket.
 //!
-//! Answers find their question by id; events go to whoever listens. QEMU is not quite
-//! trusted (a guest may have taken it over): lines are bounded, and what is not understood
-//! is ignored.
+//! One task reads, and hands each answer to the call with its id; what nobody asked for is
+//! an event. Descriptors go along by `SCM_RIGHTS`. Every call has a deadline, and ends at
+//! once when QEMU does.
+//!
+//! QEMU counts as taken over by its guest: lines are bounded, and odd ones end the
+//! connection instead of us.
 
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use serde::Deserialize;
-use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, oneshot};
+use tokio::task::JoinHandle;
 
-/// Longest line that is read, bytes.
-const LONGEST_LINE: u64 = 1 << 20;
-/// How long QEMU may take to answer. It answers in milliseconds unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest line taken from QEMU, bytes. Answers to our commands are far below.
+const LINE: usize = 1 << 20;
+/// Events kept for a listener that is slow.
+const EVENTS: usize = 64;
 
-/// Why a command failed.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
 pub enum QmpError {
-    /// QEMU refused; its own words.
-    #[error("qemu refused: {0}")]
-    Refused(String),
-    /// The connection is over: QEMU has ended.
-    #[error("qemu has ended")]
-    Closed,
-    /// No answer in time.
-    #[error("qemu did not answer within {} s", PATIENCE.as_secs())]
-    Late,
-    /// The command could not be written.
-    #[error("cannot write to qemu: {0}")]
-    Write(String),
+    /// QEMU closed the socket: it has ended, or is about to.
+    #[error("qemu closed its control socket during {0:?}")]
+    Closed(&'static str),
+    /// QEMU did not answer.
+    #[error("qemu did not answer {command:?} within {}", seconds(.deadline))]
+    Deadline {
+        /// The command.
+        command: &'static str,
+        /// How long it had.
+        deadline: Duration,
+    },
+    /// QEMU refused.
+    #[error("qemu refused {command:?}: {reason}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// QEMU's words.
+        reason: String,
+    },
+    /// QEMU's answer is not what this command's answer looks like.
+    #[error("qemu's answer to {0:?} is not understood")]
+    Answer(&'static str, #[source] serde_json::Error),
+    /// The command could not be sent.
+    #[error("cannot send {0:?} to qemu")]
+    Send(&'static str, #[source] io::Error),
 }
 
-/// Something that QEMU tells unasked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+fn seconds(duration: &Duration) -> String {
+    format!("{} s", duration.as_secs_f32())
+}
+
+/// A command, with its arguments as fields.
+pub(crate) trait Command: Serialize {
+    /// Its name.
+    const NAME: &'static str;
+    /// What it answers.
+    type Answer: DeserializeOwned;
+}
+
+/// Makes commands whose answer is of no interest.
+macro_rules! commands {
+    ($($(#[$doc:meta])* $type:ident = $name:literal { $($field:ident: $kind:ty),* })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Serialize)]
+        pub(crate) struct $type { $(
+            pub $field: $kind,
+        )* }
+        impl Command for $type {
+            const NAME: &'static str = $name;
+            type Answer = Value;
+        }
+    )*};
+}
+
+commands! {
+    /// Ends the negotiation.
+    QmpCapabilities = "qmp_capabilities" {}
+    /// Ends QEMU.
+    Quit = "quit" {}
+    /// Stops the virtual CPUs.
+    Stop = "stop" {}
+    /// Lets them run.
+    Cont = "cont" {}
+    /// Names the descriptor that comes along.
+    Getfd = "getfd" { fdname: String }
+    /// Gives a named descriptor up.
+    Closefd = "closefd" { fdname: String }
+    /// Removes the host's end of a network interface.
+    NetdevDel = "netdev_del" { id: String }
+    /// Asks the guest to let go of a device.
+    DeviceDel = "device_del" { id: String }
+}
+
+/// Makes the host's end of a network interface from a named tap.
+#[derive(Debug, Serialize)]
+pub(crate) struct NetdevAddTap {
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub id: String,
+    /// Name given by [`Getfd`].
+    pub fd: String,
+}
+
+impl Command for NetdevAddTap {
+    const NAME: &'static str = "netdev_add";
+    type Answer = Value;
+}
+
+/// Plugs a device.
+#[derive(Debug, Serialize)]
+pub(crate) struct DeviceAdd {
+    pub driver: &'static str,
+    pub id: String,
+    pub bus: String,
+    #[serde(flatten)]
+    pub properties: Map<String, Value>,
+}
+
+impl Command for DeviceAdd {
+    const NAME: &'static str = "device_add";
+    type Answer = Value;
+}
+
+/// Something that QEMU says unasked.
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Event {
     pub name: String,
     pub data: Value,
 }
 
-/// One line from QEMU.
-#[derive(Debug, Deserialize)]
+/// A line from QEMU.
+#[derive(Debug, PartialEq)]
+enum Message {
+    Greeting,
+    Answer { id: u64, answer: Result<Value, String> },
+    Event(Event),
+}
+
+/// As QEMU writes it.
+#[derive(Deserialize)]
 struct Line {
+    #[serde(rename = "QMP")]
+    greeting: Option<Value>,
     id: Option<u64>,
     #[serde(rename = "return")]
-    value: Option<Value>,
+    answer: Option<Value>,
     error: Option<Refusal>,
     event: Option<String>,
     #[serde(default)]
     data: Value,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Deserialize)]
 struct Refusal {
     #[serde(default)]
     desc: String,
 }
 
-type Answer = Result<Value, QmpError>;
-type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>>;
+/// Reads a line. `None` if it is nothing that QMP has.
+fn parse(line: &[u8]) -> Option<Message> {
+    let line: Line = serde_json::from_slice(line).ok()?;
+    match line {
+        Line { greeting: Some(_), .. } => Some(Message::Greeting),
+        Line { event: Some(name), data, .. } => Some(Message::Event(Event { name, data })),
+        Line { id: Some(id), error: Some(refusal), .. } => {
+            let reason = crate::console::sanitise(&refusal.desc);
+            Some(Message::Answer { id, answer: Err(reason) })
+        }
+        Line { id: Some(id), answer, .. } => {
+            Some(Message::Answer { id, answer: Ok(answer.unwrap_or(Value::Null)) })
+        }
+        _ => None,
+    }
+}
 
-/// A connection to a monitor.
-pub(crate) struct Qmp {
-    writer: tokio::sync::Mutex<OwnedWriteHalf>,
-    /// Questions without answer yet; none when the connection is over.
-    pending: Pending,
+type Waiting = HashMap<u64, oneshot::Sender<Result<Value, String>>>;
+
+/// The host's end of the control socket. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Qmp(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    stream: UnixStream,
+    /// Held while a command is written; one line must not mix with another.
+    writing: tokio::sync::Mutex<()>,
+    /// Calls that wait; `None` once QEMU is gone.
+    waiting: Mutex<Option<Waiting>>,
     next: AtomicU64,
     events: broadcast::Sender<Event>,
 }
 
-impl Qmp {
-    /// Takes over a connected socket. QEMU's greeting is waited for by nobody: it reads the
-    /// commands that were sent before it.
-    pub(crate) fn new(socket: UnixStream) -> Self {
-        let (reader, writer) = socket.into_split();
-        let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
-        let events = broadcast::Sender::new(64);
-        tokio::spawn(follow(reader, Arc::clone(&pending), events.clone()));
-        Self { writer: tokio::sync::Mutex::new(writer), pending, next: AtomicU64::new(1), events }
-    }
-
-    pub(crate) fn events(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
-    }
-
-    /// Executes a command.
-    pub(crate) async fn execute(&self, command: &str, arguments: Value) -> Answer {
-        self.execute_with(command, arguments, None).await
-    }
-
-    /// Executes a command that takes a descriptor along (`getfd`).
-    pub(crate) async fn execute_with(
-        &self,
-        command: &str,
-        arguments: Value,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Answer {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let mut question = json!({"execute": command, "id": id});
-        if !arguments.is_null() {
-            question["arguments"] = arguments;
-        }
-        let (sender, answer) = oneshot::channel();
-        match lock(&self.pending).as_mut() {
-            Some(pending) => pending.insert(id, sender),
-            None => return Err(QmpError::Closed),
-        };
-        tracing::trace!(%question, "qmp");
-        self.write(format!("{question}\r\n").as_bytes(), fd)
-            .await
-            .map_err(|error| QmpError::Write(error.to_string()))?;
-        let answer = tokio::time::timeout(PATIENCE, answer).await.map_err(|_| QmpError::Late)?;
-        answer.unwrap_or(Err(QmpError::Closed))
-    }
-
-    async fn write(&self, mut bytes: &[u8], mut fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let writer = self.writer.lock().await;
-        let stream: &UnixStream = writer.as_ref();
-        while !bytes.is_empty() {
-            stream.writable().await?;
-            let written = stream.try_io(Interest::WRITABLE, || {
-                let fds: Vec<i32> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-                let rights = [ControlMessage::ScmRights(&fds)];
-                let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
-                let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-                let slices = [IoSlice::new(bytes)];
-                Ok(sendmsg::<()>(stream.as_raw_fd(), &slices, control, flags, None)?)
-            });
-            match written {
-                Ok(count) => {
-                    bytes = &bytes[count..];
-                    fd = None;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+impl Shared {
+    fn waiting(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-async fn follow(reader: OwnedReadHalf, pending: Pending, events: broadcast::Sender<Event>) {
-    let mut reader = BufReader::new(reader);
-    let mut line = Vec::new();
+impl Qmp {
+    /// Speaks QMP over this socket, whose other end QEMU has or is about to get. The
+    /// negotiation is sent at once, and QEMU reads it when it is up.
+    /// The task reads, and ends when QEMU closes its end, at the latest when it is killed.
+    pub(crate) fn new(stream: UnixStream) -> (Self, JoinHandle<()>) {
+        let qmp = Self(Arc::new(Shared {
+            stream,
+            writing: tokio::sync::Mutex::new(()),
+            waiting: Mutex::new(Some(HashMap::new())),
+            next: AtomicU64::new(0),
+            events: broadcast::Sender::new(EVENTS),
+        }));
+        let reader = tokio::spawn(read(Arc::clone(&qmp.0)));
+        (qmp, reader)
+    }
+
+    /// What QEMU says unasked, from now on.
+    pub(crate) fn events(&self) -> broadcast::Receiver<Event> {
+        self.0.events.subscribe()
+    }
+
+    /// Sends a command and waits for its answer.
+    pub(crate) async fn call<C: Command>(
+        &self,
+        command: &C,
+        deadline: Duration,
+    ) -> Result<C::Answer, QmpError> {
+        self.call_with_fd(command, None, deadline).await
+    }
+
+    /// As [`Self::call`], with a descriptor.
+    pub(crate) async fn call_with_fd<C: Command>(
+        &self,
+        command: &C,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Duration,
+    ) -> Result<C::Answer, QmpError> {
+        let late = QmpError::Deadline { command: C::NAME, deadline };
+        let answer = tokio::time::timeout(deadline, self.exchange(command, fd)).await;
+        let answer = answer.unwrap_or(Err(late))?;
+        serde_json::from_value(answer).map_err(|source| QmpError::Answer(C::NAME, source))
+    }
+
+    async fn exchange<C: Command>(
+        &self,
+        command: &C,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, QmpError> {
+        let shared = &self.0;
+        let id = shared.next.fetch_add(1, Ordering::Relaxed);
+        let text = json!({ "execute": C::NAME, "arguments": command, "id": id }).to_string();
+        let (sender, receiver) = oneshot::channel();
+        match shared.waiting().as_mut() {
+            Some(waiting) => waiting.insert(id, sender),
+            None => return Err(QmpError::Closed(C::NAME)),
+        };
+        // Whatever happens below, nobody waits for this id afterwards.
+        let _forget = Forget(shared, id);
+        {
+            let _writing = shared.writing.lock().await;
+            send(&shared.stream, text.as_bytes(), fd)
+                .await
+                .map_err(|source| QmpError::Send(C::NAME, source))?;
+        }
+        let answer = receiver.await.map_err(|_| QmpError::Closed(C::NAME))?;
+        answer.map_err(|reason| QmpError::Refused { command: C::NAME, reason })
+    }
+}
+
+/// A call that no longer waits.
+struct Forget<'a>(&'a Shared, u64);
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        if let Some(waiting) = self.0.waiting().as_mut() {
+            waiting.remove(&self.1);
+        }
+    }
+}
+
+/// Writes all of it; the descriptor goes with the first byte.
+async fn send(
+    stream: &UnixStream,
+    mut bytes: &[u8],
+    mut fd: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let sent = stream
+            .async_io(Interest::WRITABLE, || {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                let fds = fd.map(|fd| [fd]);
+                if let Some(fds) = &fds {
+                    control.push(SendAncillaryMessage::ScmRights(fds));
+                }
+                let flags = SendFlags::NOSIGNAL;
+                Ok(sendmsg(stream.as_fd(), &[IoSlice::new(bytes)], &mut control, flags)?)
+            })
+            .await?;
+        bytes = &bytes[sent..];
+        fd = None;
+    }
+    Ok(())
+}
+
+/// Reads until QEMU closes the socket or says what it may not.
+async fn read(shared: Arc<Shared>) {
+    let mut buffer = Vec::new();
     loop {
-        line.clear();
-        let read = (&mut reader).take(LONGEST_LINE).read_until(b'\n', &mut line).await;
-        if !matches!(read, Ok(count) if count > 0) || line.len() as u64 >= LONGEST_LINE {
+        if shared.stream.readable().await.is_err() {
             break;
         }
-        take_line(&line, &pending, &events);
-    }
-    if let Some(pending) = lock(&pending).take() {
-        for sender in pending.into_values() {
-            let _ = sender.send(Err(QmpError::Closed));
+        match shared.stream.try_read_buf(&mut buffer) {
+            Ok(0) => break,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(_) => break,
+            Ok(_) => {}
+        }
+        let mut start = 0;
+        while let Some(length) = buffer[start..].iter().position(|byte| *byte == b'\n') {
+            dispatch(&shared, &buffer[start..start + length]);
+            start += length + 1;
+        }
+        buffer.drain(..start);
+        if buffer.len() > LINE {
+            tracing::warn!(
+                limit = LINE,
+                "qemu sent a line that is too long; not listening to it any more"
+            );
+            break;
         }
     }
+    // Drops all senders: every call that waits ends.
+    shared.waiting().take();
 }
 
-fn take_line(line: &[u8], pending: &Pending, events: &broadcast::Sender<Event>) {
-    let Ok(line) = serde_json::from_slice::<Line>(line) else { return };
-    if let Some(name) = line.event {
-        tracing::debug!(name, "qemu event");
-        let _ = events.send(Event { name, data: line.data });
-        return;
+fn dispatch(shared: &Shared, line: &[u8]) {
+    match parse(line) {
+        Some(Message::Answer { id, answer }) => {
+            let waiting = shared.waiting().as_mut().and_then(|waiting| waiting.remove(&id));
+            if let Some(sender) = waiting {
+                let _ = sender.send(answer);
+            }
+        }
+        Some(Message::Event(event)) => {
+            tracing::debug!(event = event.name, data = %event.data, "qemu");
+            // Without a listener nobody wants to know.
+            let _ = shared.events.send(event);
+        }
+        Some(Message::Greeting) => {}
+        None => {
+            tracing::debug!(line = %String::from_utf8_lossy(line).escape_debug(), "not understood")
+        }
     }
-    let Some(sender) = line.id.and_then(|id| lock(pending).as_mut()?.remove(&id)) else { return };
-    let answer = match line.error {
-        Some(refusal) => Err(QmpError::Refused(refusal.desc)),
-        None => Ok(line.value.unwrap_or_default()),
-    };
-    let _ = sender.send(answer);
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::os::fd::AsFd;
-    use tokio::io::AsyncWriteExt;
-
-    async fn answered(reply: &'static str) -> Answer {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let qmp = Qmp::new(ours);
-        let qemu = async move {
-            let mut theirs = BufReader::new(theirs);
-            let mut line = String::new();
-            theirs.read_line(&mut line).await.unwrap();
-            theirs.write_all(reply.as_bytes()).await.unwrap();
-            theirs
-        };
-        let (answer, _qemu) = tokio::join!(qmp.execute("x", Value::Null), qemu);
-        answer
-    }
-
-    #[tokio::test]
-    async fn answer_finds_its_question_behind_greeting_and_events() {
-        let reply = "{\"QMP\":{}}\r\n{\"event\":\"STOP\"}\r\nnoise\r\n{\"return\":{},\"id\":99}\r\n\
-                     {\"return\":{\"a\":1},\"id\":1}\r\n";
-        assert_eq!(answered(reply).await, Ok(json!({"a": 1})));
-    }
-
-    #[tokio::test]
-    async fn refusal_is_told_in_qemus_words() {
-        let reply = "{\"error\":{\"class\":\"GenericError\",\"desc\":\"no such bus\"},\"id\":1}\r\n";
-        assert_eq!(answered(reply).await, Err(QmpError::Refused("no such bus".into())));
-    }
-
-    #[tokio::test]
-    async fn the_end_of_qemu_ends_a_command_at_once() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let qmp = Qmp::new(ours);
-        drop(theirs);
-        assert!(qmp.execute("x", Value::Null).await.is_err());
-    }
-
-    #[tokio::test]
-    async fn a_descriptor_goes_along() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let qmp = Qmp::new(ours);
-        let file = tempfile::tempfile().unwrap();
-        let sent = qmp.execute_with("getfd", json!({"fdname": "x"}), Some(file.as_fd()));
-        let receive = async {
-            theirs.readable().await.unwrap();
-            let mut bytes = [0; 256];
-            let mut space = nix::cmsg_space!([i32; 1]);
-            let mut slices = [io::IoSliceMut::new(&mut bytes)];
-            let message = nix::sys::socket::recvmsg::<()>(
-                theirs.as_raw_fd(),
-                &mut slices,
-                Some(&mut space),
-                MsgFlags::MSG_CMSG_CLOEXEC,
-            )
-            .unwrap();
-            message.cmsgs().unwrap().count()
-        };
-        tokio::select! {
-            _ = sent => panic!("nobody answered"),
-            count = receive => assert_eq!(count, 1),
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_line_is_taken_or_ignored(line: Vec<u8>) {
-            let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
-            take_line(&line, &pending, &broadcast::Sender::new(4));
-        }
-    }
-}
+#[path = "qmp_tests.rs"]
+mod tests;

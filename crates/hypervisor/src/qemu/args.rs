@@ -1,0 +1,212 @@
+//! QEMU's command line, and the descriptors that go with it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use crate::config::{Accelerator, ChannelKind, Machine, Nic, Share, VmConfig};
+use crate::error::{HypervisorError, host};
+use crate::kernel_params;
+
+/// The first descriptor number given to QEMU.
+const FIRST_FD: RawFd = 10;
+/// The name under which the agent's end of the serial channel appears in the guest.
+const SERIAL_PORT: &str = "kata.agent.0";
+/// A file's end is a system call of QEMU that spawns, gains or changes what it must not.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+/// The host's vsock device.
+const VHOST_VSOCK: &str = "/dev/vhost-vsock";
+
+/// Where QEMU sees the files that it loads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Paths {
+    pub qemu: PathBuf,
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    pub firmware: Option<PathBuf>,
+    /// The shared directory, for 9p.
+    pub share: PathBuf,
+}
+
+/// Our ends of QEMU's sockets go to QEMU here.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    pub qmp: OwnedFd,
+    pub console: OwnedFd,
+    pub agent: Option<OwnedFd>,
+}
+
+/// What QEMU is started with.
+#[derive(Debug)]
+pub(crate) struct CommandLine {
+    pub args: Vec<OsString>,
+    pub fds: Vec<(OwnedFd, RawFd)>,
+}
+
+impl CommandLine {
+    /// Takes the descriptors out of `config`.
+    pub(crate) fn new(
+        config: &mut VmConfig,
+        paths: &Paths,
+        sockets: Sockets,
+        qemu_major: u32,
+    ) -> Result<Self, HypervisorError> {
+        let mut line = Self { args: Vec::new(), fds: Vec::new() };
+        line.machine(config, qemu_major);
+        line.kernel(config, paths);
+        line.sockets(config, sockets)?;
+        for index in 0..config.hotplug_ports {
+            line.option("-device", root_port(index));
+        }
+        for (index, nic) in std::mem::take(&mut config.nics).into_iter().enumerate() {
+            line.nic(config.machine, index, nic);
+        }
+        if let Some(share) = config.share.take() {
+            line.share(config.machine, share, &paths.share);
+        }
+        Ok(line)
+    }
+
+    fn machine(&mut self, config: &VmConfig, qemu_major: u32) {
+        self.option("-name", format!("sandbox-{}", config.id));
+        for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+            self.args.push(flag.into());
+        }
+        self.option("-display", "none");
+        self.option("-sandbox", SANDBOX);
+        let mut machine = match config.machine {
+            Machine::Q35 => "q35,sata=off,smbus=off,smm=off,vmport=off,i8042=off,graphics=off",
+            // Without its clock the kernel polls for one, for two seconds.
+            Machine::Microvm => "microvm,pic=off,pit=off,rtc=on,isa-serial=off",
+        }
+        .to_owned();
+        let memory = config.memory_mib;
+        if matches!(config.share, Some(Share::VhostUserFs { .. })) {
+            // The process behind the share reads and writes the guest's memory.
+            machine.push_str(",memory-backend=memory");
+            let backend = format!("memory-backend-memfd,id=memory,size={memory}M,share=on");
+            self.option("-object", backend);
+        }
+        machine.push_str(",dump-guest-core=off");
+        self.option("-machine", machine);
+        self.option("-accel", config.accelerator.as_str());
+        self.option("-cpu", cpu(config.accelerator, qemu_major));
+        self.option("-m", format!("{memory}M"));
+        let vcpus = config.vcpus;
+        self.option(
+            "-smp",
+            match config.accelerator {
+                Accelerator::Kvm => format!("{vcpus},maxcpus={}", config.max_vcpus.max(vcpus)),
+                // Linux does not take processors that come later from an emulator.
+                Accelerator::Tcg => vcpus.to_string(),
+            },
+        );
+    }
+
+    fn kernel(&mut self, config: &VmConfig, paths: &Paths) {
+        if let Some(firmware) = &paths.firmware {
+            self.option("-bios", firmware);
+        }
+        self.option("-kernel", &paths.kernel);
+        self.option("-initrd", &paths.initrd);
+        self.option("-append", kernel_params::command_line(config));
+    }
+
+    fn sockets(&mut self, config: &VmConfig, sockets: Sockets) -> Result<(), HypervisorError> {
+        let machine = config.machine;
+        self.socket("qmp", sockets.qmp);
+        self.option("-mon", "chardev=qmp,mode=control");
+        self.option("-device", virtio(machine, "virtio-serial", "id=serial"));
+        self.socket("console", sockets.console);
+        self.option("-device", "virtconsole,chardev=console");
+        if let Some(agent) = sockets.agent {
+            self.socket("agent", agent);
+            self.option("-device", format!("virtserialport,chardev=agent,name={SERIAL_PORT}"));
+        }
+        if let ChannelKind::Vsock { cid } = config.channel {
+            let device = File::options().read(true).write(true).open(VHOST_VSOCK);
+            let fd = self.fd(device.map_err(host("open /dev/vhost-vsock"))?.into());
+            let properties = format!("vhostfd={fd},guest-cid={cid}");
+            self.option("-device", virtio(machine, "vhost-vsock", &properties));
+        }
+        self.option("-object", "rng-builtin,id=rng");
+        self.option("-device", virtio(machine, "virtio-rng", "rng=rng"));
+        Ok(())
+    }
+
+    fn nic(&mut self, machine: Machine, index: usize, nic: Nic) {
+        let fd = self.fd(nic.tap);
+        self.option("-netdev", format!("tap,id=net{index},fd={fd}"));
+        let mut properties = format!("netdev=net{index},mac={}", nic.mac);
+        if machine == Machine::Q35 {
+            // Nobody boots from the network.
+            properties.push_str(",romfile=");
+        }
+        self.option("-device", virtio(machine, "virtio-net", &properties));
+    }
+
+    fn share(&mut self, machine: Machine, share: Share, path: &Path) {
+        match share {
+            Share::VhostUserFs { socket, tag } => {
+                self.socket("share", socket);
+                let properties = format!("chardev=share,tag={tag},queue-size=1024");
+                self.option("-device", virtio(machine, "vhost-user-fs", &properties));
+            }
+            Share::NineP { tag, .. } => {
+                let mut option = OsString::from("local,id=share,security_model=passthrough,path=");
+                option.push(path);
+                self.option("-fsdev", option);
+                let properties = format!("fsdev=share,mount_tag={tag}");
+                self.option("-device", virtio(machine, "virtio-9p", &properties));
+            }
+        }
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.args.push(name.into());
+        self.args.push(value.into());
+    }
+
+    fn socket(&mut self, id: &str, fd: OwnedFd) {
+        let fd = self.fd(fd);
+        self.option("-chardev", format!("socket,id={id},fd={fd}"));
+    }
+
+    fn fd(&mut self, fd: OwnedFd) -> RawFd {
+        let at = FIRST_FD + self.fds.len() as RawFd;
+        self.fds.push((fd, at));
+        at
+    }
+}
+
+/// A device of virtio on the machine's bus.
+fn virtio(machine: Machine, name: &str, properties: &str) -> String {
+    match machine {
+        Machine::Q35 => format!("{name}-pci,disable-legacy=on,{properties}"),
+        Machine::Microvm => format!("{name}-device,{properties}"),
+    }
+}
+
+/// Name of a root port, which is also the name of the bus behind it.
+pub(crate) fn port_name(index: u32) -> String {
+    format!("port{index}")
+}
+
+/// A root port for one device to be plugged. Eight of them share a slot of the root bus.
+fn root_port(index: u32) -> String {
+    let (slot, function) = (0x10 + index / 8, index % 8);
+    let first = if function == 0 { ",multifunction=on" } else { "" };
+    let name = port_name(index);
+    format!("pcie-root-port,id={name},chassis={},addr={slot:#x}.{function}{first}", index + 1)
+}
+
+/// Under TCG, string instructions that a real processor does fast are slow loops, which
+/// Linux prefers wherever they are announced.
+fn cpu(accelerator: Accelerator, qemu_major: u32) -> &'static str {
+    match (accelerator, qemu_major) {
+        (Accelerator::Kvm, _) => "host",
+        (Accelerator::Tcg, 8..) => "max,-erms,-fsrm,-fsrs,-fzrm,-fsrc",
+        (Accelerator::Tcg, _) => "max,-erms,-fsrm",
+    }
+}

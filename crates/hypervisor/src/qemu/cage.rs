@@ -1,0 +1,138 @@
+//! What QEMU sees of the host: its libraries and data, the files it loads, nothing else.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use kata_jail::{Bind, Capability, Jail};
+
+use crate::config::{Accelerator, Machine, Share, VmConfig};
+use crate::error::HypervisorError;
+use crate::qemu::args::Paths;
+
+/// Public data of the host that a dynamically linked QEMU needs; those that exist.
+const SYSTEM: &[&str] = &[
+    "/usr/lib",
+    "/usr/lib64",
+    "/lib",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/usr/share/qboot",
+];
+/// Where firmware is looked for, the fastest first.
+const FIRMWARE: &[&str] = &[
+    "/usr/share/qemu/qboot.rom",
+    "/usr/share/qboot/qboot.rom",
+    "/usr/share/qemu/bios-microvm.bin",
+];
+/// Descriptors that QEMU may have open.
+const NOFILE: u64 = 4096;
+
+/// The firmware that starts the kernel soonest, of those on this host. Without one QEMU
+/// takes its own default, which is slower.
+pub fn find_firmware(machine: Machine) -> Option<PathBuf> {
+    FIRMWARE.iter().map(PathBuf::from).find(|path| {
+        // Its name says that it is for the other machine only.
+        let fits = machine == Machine::Microvm || !path.ends_with("bios-microvm.bin");
+        fits && path.is_file()
+    })
+}
+
+/// `/opt/kata` of `/opt/kata/bin/qemu-system-x86_64`.
+fn prefix(qemu: &Path) -> Option<&Path> {
+    qemu.parent()?.parent().filter(|prefix| prefix.parent().is_some())
+}
+
+/// The files that QEMU loads, where they are on the host.
+pub(crate) fn paths(config: &VmConfig) -> Result<Paths, HypervisorError> {
+    usable("qemu", &config.qemu, false)?;
+    let firmware = config.firmware.clone().or_else(|| find_firmware(config.machine));
+    let files = [("kernel", &config.kernel), ("initial file system", &config.initrd)];
+    for (what, path) in files.into_iter().chain(firmware.iter().map(|path| ("firmware", path))) {
+        usable(what, path, config.jail)?;
+    }
+    let share = match &config.share {
+        Some(Share::NineP { path, .. }) => path.clone(),
+        _ => PathBuf::new(),
+    };
+    let (kernel, initrd) = (config.kernel.clone(), config.initrd.clone());
+    // A link leads to where its data is.
+    let qemu = std::fs::canonicalize(&config.qemu).map_err(|source| HypervisorError::File {
+        what: "qemu",
+        path: config.qemu.clone(),
+        source,
+    })?;
+    Ok(Paths { qemu, kernel, initrd, firmware, share })
+}
+
+/// Whether the file is there, and for everyone to read where QEMU runs as a nobody.
+fn usable(what: &'static str, path: &Path, by_everyone: bool) -> Result<(), HypervisorError> {
+    let check = || {
+        let metadata = File::open(path)?.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::other("it is no file"));
+        }
+        if by_everyone && metadata.mode() & 0o004 == 0 {
+            return Err(io::Error::other("the jailed qemu cannot read it; make it world-readable"));
+        }
+        Ok(())
+    };
+    check().map_err(|source| HypervisorError::File { what, path: path.to_owned(), source })
+}
+
+/// QEMU's jail, and where it sees the files there.
+pub(crate) fn build(config: &VmConfig, host: &Paths) -> (Jail, Paths) {
+    let mut binds: Vec<Bind> =
+        SYSTEM.iter().filter(|path| Path::new(path).exists()).map(Bind::same).collect();
+    // Under its own path, from which it finds its data.
+    match prefix(&host.qemu) {
+        Some(prefix) if prefix != Path::new("/usr") => binds.push(Bind::same(prefix)),
+        _ => {}
+    }
+    if !binds.iter().any(|bind| host.qemu.starts_with(&bind.target)) {
+        binds.push(Bind::same(&host.qemu));
+    }
+    let mut file = |source: &Path, target: &str| {
+        let target = PathBuf::from(target);
+        binds.push(Bind { source: source.to_owned(), target: target.clone(), readonly: true });
+        target
+    };
+    let kernel = file(&host.kernel, "/kernel");
+    let initrd = file(&host.initrd, "/initrd");
+    let firmware = host.firmware.as_ref().map(|firmware| file(firmware, "/firmware"));
+    let mut capabilities = Vec::new();
+    let share = PathBuf::from("/share");
+    if let Some(Share::NineP { path, .. }) = &config.share {
+        binds.push(Bind { source: path.clone(), target: share.clone(), readonly: false });
+        // It does for the guest what the guest's users may do to their files.
+        capabilities = vec![
+            Capability::Chown,
+            Capability::DacOverride,
+            Capability::Fowner,
+            Capability::Fsetid,
+            Capability::Mknod,
+        ];
+    }
+    let devices = match config.accelerator {
+        Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
+        Accelerator::Tcg => Vec::new(),
+    };
+    let jail = Jail {
+        uid: config.uid,
+        gid: config.uid,
+        groups: Vec::new(),
+        binds,
+        devices,
+        nofile: NOFILE,
+        network: false,
+        // Its 9p server changes modes by way of /proc/self/fd.
+        proc: !capabilities.is_empty(),
+        capabilities,
+        // QEMU's own: it knows best what this build of it needs.
+        seccomp: None,
+    };
+    (jail, Paths { qemu: host.qemu.clone(), kernel, initrd, firmware, share })
+}
