@@ -1,79 +1,78 @@
-//! The guest's only program: PID 1, or a container's init when called by that name.
-//! `--serve-fd N` serves on an inherited socket and leaves the machine as it is, for tests.
+//! `kata-agent`: `/init` of the guest.
+//!
+//! Started as `init` it builds one container (see `container`); as PID 1 it is the guest;
+//! with `--serve-fd N` it serves on an inherited socket and leaves the machine alone,
+//! which is for tests.
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::process::ExitCode;
 
 use kata_agent::boot::{self, Settings};
-use kata_agent::container;
-use kata_agent::server::{Carrier, ServeError, serve};
+use kata_agent::error::chain;
+use kata_agent::server::{Carrier, serve};
 use kata_agent::service::{Agent, Role};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use kata_agent::{container, log, machine};
 
-fn main() {
-    let mut words = std::env::args();
-    let name = words.next().unwrap_or_default();
-    if name == container::INIT {
+fn main() -> ExitCode {
+    let started = machine::boottime_ns();
+    let mut arguments = std::env::args_os();
+    if arguments.next().is_some_and(|name| name == container::INIT) {
         container::init_main();
     }
     if std::process::id() == 1 {
-        guest();
+        guest(started);
     }
-    match (words.next().as_deref(), words.next().map(|number| number.parse::<RawFd>())) {
-        (Some("--version"), _) => println!("kata-agent version {}", env!("CARGO_PKG_VERSION")),
-        (Some("--serve-fd"), Some(Ok(fd))) => test(fd),
+    let first = arguments.next().unwrap_or_default();
+    let second = arguments.next().and_then(|text| text.to_str()?.parse::<RawFd>().ok());
+    match (first.to_str(), second) {
+        (Some("--version"), _) => {
+            println!("kata-agent version {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        (Some("--serve-fd"), Some(fd)) if fd > 2 => test_server(fd, started),
         _ => {
-            eprintln!("kata-agent: it runs as PID 1 of a guest, or with --serve-fd N");
-            std::process::exit(2);
+            eprintln!("kata-agent runs as the first process of a virtual machine");
+            eprintln!("usage: kata-agent --version | --serve-fd <inherited socket>");
+            ExitCode::FAILURE
         }
     }
 }
 
-/// Runs the guest; ends it when it cannot.
-fn guest() -> ! {
-    let init_ns = kata_agent::machine::boottime_ns();
+fn guest(started: i64) -> ! {
     boot::power_off_on_panic();
-    let settings = match boot::boot() {
-        Ok(settings) => settings,
-        Err(error) => boot::fail(&chain(&error)),
-    };
-    kata_agent::log::init(settings.debug);
-    match run(Role::Guest, init_ns, carrier(settings)) {
-        Ok(()) => boot::power_off(),
+    let Settings { vsock, debug } = boot::boot().unwrap_or_else(|error| boot::fail(&chain(&error)));
+    log::init(debug);
+    let carrier = if vsock { Carrier::Vsock } else { Carrier::Serial };
+    match run(Role::Guest, carrier, started) {
+        Ok(()) => boot::fail("the channel to the host ended"),
         Err(error) => boot::fail(&error),
     }
 }
 
-fn carrier(settings: Settings) -> Carrier {
-    if settings.vsock { Carrier::Vsock } else { Carrier::Serial }
-}
-
-fn test(fd: RawFd) {
-    kata_agent::log::init(std::env::var_os("KATA_LOG").is_some());
-    // SAFETY: whoever names a descriptor on the command line gave it to us to own.
+fn test_server(fd: RawFd, started: i64) -> ExitCode {
+    log::init(std::env::var_os("KATA_AGENT_DEBUG").is_some());
+    if let Err(error) = rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1)) {
+        eprintln!("cannot take over orphans: {error}");
+        return ExitCode::FAILURE;
+    }
+    // SAFETY: the caller says that it is an inherited socket, and nothing else uses it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    if let Err(error) = run(Role::Test, 0, Carrier::Socket(socket)) {
-        eprintln!("kata-agent: {error}");
-        std::process::exit(1);
+    match run(Role::Test, Carrier::Socket(socket), started) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
-fn run(role: Role, init_ns: i64, carrier: Carrier) -> Result<(), String> {
+fn run(role: Role, carrier: Carrier, started: i64) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| format!("cannot start the event loop: {error}"))?;
+        .map_err(|error| format!("cannot start: {error}"))?;
     runtime.block_on(async {
-        let agent =
-            Agent::new(role, init_ns).map_err(|error| format!("cannot watch children: {error}"))?;
-        serve(agent, carrier).await.map_err(|error: ServeError| chain(&error))
+        let agent = Agent::new(role, started).map_err(|error| format!("cannot start: {error}"))?;
+        serve(agent, carrier).await.map_err(|error| chain(&error))
     })
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text.push_str(&format!(": {source}"));
-        cause = source.source();
-    }
-    text
 }
