@@ -27,10 +27,12 @@ fn init() {
             // SAFETY: a plain system call; this guest has nothing to lose.
             unsafe { libc::reboot(libc::RB_AUTOBOOT) };
         }
-        Ok("tick") => (0..).for_each(|number| {
-            println!("tick {number}");
-            std::thread::sleep(Duration::from_millis(20));
-        }),
+        Ok("tick") => {
+            for number in 0..u32::MAX {
+                println!("tick {number}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
         Ok("echo") => echo(),
         Ok("nics") => nics(),
         Ok("9p") => println!("9p: {:?}", nine_p()),
