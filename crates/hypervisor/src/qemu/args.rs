@@ -183,6 +183,8 @@ impl CommandLine {
 /// A device of virtio on the machine's bus.
 fn virtio(machine: Machine, name: &str, properties: &str) -> String {
     match machine {
+        // It never had a legacy form, so it has no such property either.
+        Machine::Q35 if name == "vhost-user-fs" => format!("{name}-pci,{properties}"),
         Machine::Q35 => format!("{name}-pci,disable-legacy=on,{properties}"),
         Machine::Microvm => format!("{name}-device,{properties}"),
     }
