@@ -16,7 +16,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 use ttrpc::Code;
-use ttrpc::context::Context;
+use ttrpc::context::{Context, with_duration};
 
 /// How long a server may take to end the virtual machine and itself.
 const END: Duration = Duration::from_secs(20);
@@ -36,9 +36,17 @@ pub struct TaskState {
     pub pid: i32,
 }
 
-/// No time limit: the server has its own for everything that can hang.
-fn context() -> Context {
+/// How long a server may take for an answer that needs nobody else.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// For calls that take as long as a virtual machine does: the server has its own limits.
+fn unlimited() -> Context {
     Context::default()
+}
+
+/// For calls that the server answers by itself: one that hangs must not hang its callers.
+fn prompt() -> Context {
+    with_duration(ANSWER)
 }
 
 impl Server {
@@ -71,6 +79,9 @@ impl Server {
     /// Makes a call's failure readable: the server's own words, or how the server ended.
     pub fn explain(&self, error: ttrpc::Error) -> anyhow::Error {
         match error {
+            ttrpc::Error::RpcStatus(status) if status.code() == Code::DEADLINE_EXCEEDED => {
+                anyhow!("the server of sandbox {} does not answer", self.sandbox)
+            }
             ttrpc::Error::RpcStatus(status) => anyhow!("{}", status.message()),
             other => match last_line(&SandboxDir::of(&self.sandbox)) {
                 Some(line) => anyhow!("the server of sandbox {} ended: {line}", self.sandbox),
@@ -90,7 +101,7 @@ impl Server {
             Context,
         ) -> ttrpc::Result<T>,
     ) -> Result<T> {
-        call(self.tasks(), context()).await.map_err(|error| self.explain(error))
+        call(self.tasks(), unlimited()).await.map_err(|error| self.explain(error))
     }
 
     /// The state of a container; `None` when the server does not know it (any more).
@@ -99,12 +110,12 @@ impl Server {
     /// When the server does not answer.
     pub async fn state(&self, id: &Id) -> Result<Option<TaskState>> {
         let request = StateRequest { id: id.to_string(), ..Default::default() };
-        let answer = match self.tasks().state(context(), &request).await {
+        let answer = match self.tasks().state(prompt(), &request).await {
             Ok(answer) => answer,
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {
                 return Ok(None);
             }
-            Err(ttrpc::Error::RpcStatus(status)) => bail!("{}", status.message()),
+            Err(error @ ttrpc::Error::RpcStatus(_)) => return Err(self.explain(error)),
             // It ended between our connecting and our asking.
             Err(_) => return Ok(None),
         };
@@ -144,7 +155,7 @@ impl Server {
     /// As the server says; one that is not known is fine.
     pub async fn delete(&self, id: &Id) -> Result<()> {
         let request = DeleteRequest { id: id.to_string(), ..Default::default() };
-        match self.tasks().delete(context(), &request).await {
+        match self.tasks().delete(unlimited(), &request).await {
             Ok(_) => Ok(()),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => Ok(()),
             Err(error) => Err(self.explain(error)),
@@ -159,7 +170,7 @@ impl Server {
     pub async fn shut_down(&self, now: bool) -> Result<bool> {
         let server = self.pidfd().await;
         let request = ShutdownRequest { id: self.sandbox.to_string(), now, ..Default::default() };
-        match self.tasks().shutdown(context(), &request).await {
+        match self.tasks().shutdown(unlimited(), &request).await {
             // The server may end before its answer is out.
             Ok(_)
             | Err(ttrpc::Error::Socket(_) | ttrpc::Error::RemoteClosed | ttrpc::Error::Eof) => {}
@@ -177,14 +188,14 @@ impl Server {
     }
 
     async fn answers(&self) -> bool {
-        let request = ConnectRequest { id: self.sandbox.to_string(), ..Default::default() };
-        self.tasks().connect(context(), &request).await.is_ok()
+        let request = ConnectRequest::default();
+        self.tasks().connect(prompt(), &request).await.is_ok()
     }
 
     /// The server process, to see its end.
     async fn pidfd(&self) -> Option<OwnedFd> {
-        let request = ConnectRequest { id: self.sandbox.to_string(), ..Default::default() };
-        let answer = self.tasks().connect(context(), &request).await.ok()?;
+        let request = ConnectRequest::default();
+        let answer = self.tasks().connect(prompt(), &request).await.ok()?;
         let pid = Pid::from_raw(answer.shim_pid.try_into().ok()?)?;
         pidfd_open(pid, PidfdFlags::empty()).ok()
     }

@@ -4,6 +4,7 @@
 //! and only carries bytes and the window's size.
 
 use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{
     OptionalActions, Termios, Winsize, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
@@ -88,8 +89,8 @@ impl Pty {
         send().with_context(|| format!("cannot send the terminal to {}", socket.display()))
     }
 
-    /// Carries bytes between our standard streams and the master until the process's end of
-    /// the terminal is closed everywhere; our own terminal is raw meanwhile.
+    /// Carries bytes between our standard streams and the master until [`Proxy::finish`];
+    /// our own terminal is raw meanwhile.
     ///
     /// # Errors
     /// When our terminal cannot be made raw or no thread can be started.
@@ -98,58 +99,100 @@ impl Pty {
         let Self { master, slave } = self;
         drop(slave);
         let copy = |fd: &OwnedFd| fd.try_clone().context("cannot copy the terminal");
-        let (input, output, sizes) = (copy(&master)?, copy(&master)?, master);
+        let (input, output) = (copy(&master)?, copy(&master)?);
+        let (over, finish) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .context("cannot make a pipe")?;
         thread::Builder::new()
             .name("terminal-input".into())
             .spawn(move || carry(io::stdin().as_fd(), input.as_fd()))
             .context("cannot start a thread")?;
         let output = thread::Builder::new()
             .name("terminal-output".into())
-            .spawn(move || carry(output.as_fd(), io::stdout().as_fd()))
+            .spawn(move || carry_until(output.as_fd(), io::stdout().as_fd(), over.as_fd()))
             .context("cannot start a thread")?;
-        Ok(Proxy { output, master: sizes, _raw: raw })
+        Ok(Proxy { output, finish, master, _raw: raw })
     }
 }
 
 /// A terminal whose bytes are being carried.
 pub struct Proxy {
     output: thread::JoinHandle<()>,
+    /// Closed to tell the output's thread that no more will come.
+    finish: OwnedFd,
     master: OwnedFd,
     _raw: Option<RawTerminal>,
 }
 
 impl Proxy {
-    /// The master, to set sizes on.
-    pub fn master(&self) -> io::Result<OwnedFd> {
-        self.master.try_clone()
+    /// Makes the process's terminal as large as ours.
+    pub fn resize_like_ours(&self) {
+        if let Ok(size) = tcgetwinsize(io::stdin()) {
+            let _ = tcsetwinsize(&self.master, size);
+        }
     }
 
-    /// Waits until the last byte is out.
+    /// Waits until the last byte is out. All of them are in the terminal by now: the server
+    /// delivers before it reports the end.
     pub fn finish(self) {
+        drop(self.finish);
         // The thread does not panic; if it did, its bytes are lost already.
         let _ = self.output.join();
+    }
+}
+
+/// How long a terminal may take to move bytes from one end to the other (a kernel worker
+/// does it), once nobody writes any more.
+const SETTLE: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+
+/// Copies until the other end of the terminal is closed everywhere; or, once `over` was
+/// closed, until there is nothing left to read.
+fn carry_until(from: BorrowedFd<'_>, to: BorrowedFd<'_>, over: BorrowedFd<'_>) {
+    let mut finishing = false;
+    let mut buffer = vec![0; 32 << 10];
+    loop {
+        let mut fds = [
+            PollFd::from_borrowed_fd(from, PollFlags::IN),
+            PollFd::from_borrowed_fd(over, PollFlags::IN),
+        ];
+        let (watched, timeout) =
+            if finishing { (&mut fds[..1], Some(&SETTLE)) } else { (&mut fds[..], None) };
+        match rustix::io::retry_on_intr(|| poll(watched, timeout)) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        finishing |= !fds[1].revents().is_empty();
+        if !fds[0].revents().is_empty() && !carry_once(from, to, &mut buffer) {
+            return;
+        }
     }
 }
 
 /// Copies until either side ends.
 fn carry(from: BorrowedFd<'_>, to: BorrowedFd<'_>) {
     let mut buffer = vec![0; 32 << 10];
+    while carry_once(from, to, &mut buffer) {}
+}
+
+/// Copies what there is; whether more may come.
+fn carry_once(from: BorrowedFd<'_>, to: BorrowedFd<'_>, buffer: &mut [u8]) -> bool {
     // EIO is how a terminal says that its other end is closed.
-    while let Ok(length @ 1..) = rustix::io::retry_on_intr(|| rustix::io::read(from, &mut buffer)) {
-        let mut rest = &buffer[..length];
-        while !rest.is_empty() {
-            match rustix::io::retry_on_intr(|| rustix::io::write(to, rest)) {
-                Ok(written) => rest = &rest[written..],
-                Err(rustix::io::Errno::AGAIN) => wait_writable(to),
-                Err(_) => return,
-            }
+    let Ok(length @ 1..) = rustix::io::retry_on_intr(|| rustix::io::read(from, &mut *buffer))
+    else {
+        return false;
+    };
+    let mut rest = &buffer[..length];
+    while !rest.is_empty() {
+        match rustix::io::retry_on_intr(|| rustix::io::write(to, rest)) {
+            Ok(written) => rest = &rest[written..],
+            Err(rustix::io::Errno::AGAIN) => wait_writable(to),
+            Err(_) => return false,
         }
     }
+    true
 }
 
 /// Our standard output may be somebody's non-blocking pipe.
 fn wait_writable(fd: BorrowedFd<'_>) {
-    use rustix::event::{PollFd, PollFlags, poll};
     let _ = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::OUT)], None);
 }
 
@@ -193,6 +236,24 @@ mod tests {
         let mut bytes = [0; 4];
         master.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"a\nb\x03");
+    }
+
+    #[test]
+    fn the_last_bytes_come_out_though_somebody_keeps_the_terminal_open() {
+        let pty = Pty::open().unwrap();
+        let kept = pty.slave.try_clone().unwrap();
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        let (over, finish) = rustix::pipe::pipe().unwrap();
+        let master = pty.master.try_clone().unwrap();
+        let thread =
+            thread::spawn(move || carry_until(master.as_fd(), write.as_fd(), over.as_fd()));
+        std::fs::File::from(kept.try_clone().unwrap()).write_all(b"last").unwrap();
+        drop(finish);
+        thread.join().unwrap();
+        let mut text = String::new();
+        std::fs::File::from(read).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last");
+        drop(kept);
     }
 
     #[test]

@@ -21,9 +21,9 @@ pub fn run(run: &Run, config: Option<&Path>) -> Result<u8> {
     let id = container_id(run)?;
     let source = Source::open(&run.source)?;
     let global = workdir::global(config);
-    // Held back from here on, so that an interrupt cannot skip the clean-up.
-    let signals = Signals::hold()?.with_patience(Patience::UntilSecond);
     block_on(async {
+        // From here on an interrupt cannot skip the clean-up.
+        let signals = Signals::take(Patience::Limited)?;
         workdir::sweep(&global).await;
         let workdir = Workdir::create(&id)?;
         let (rootfs, image) = root_of(source, workdir.path())?;
@@ -43,7 +43,7 @@ pub fn run(run: &Run, config: Option<&Path>) -> Result<u8> {
         if let Some(network) = &network {
             forward::start(&run.publish, network.guest).await?;
         }
-        let code = in_container(&global, &id, workdir.path(), signals).await;
+        let code = in_container(&global, &id, workdir.path(), &signals).await;
         // Both are tried whatever the container did; its own failure is told first.
         let gone = destroy(&global, &id).await;
         drop(network);
@@ -52,8 +52,9 @@ pub fn run(run: &Run, config: Option<&Path>) -> Result<u8> {
     })
 }
 
-async fn in_container(global: &Global, id: &Id, bundle: &Path, signals: Signals) -> Result<u8> {
-    let created = create::create(global, id, bundle, Console::Ours).await?;
+async fn in_container(global: &Global, id: &Id, bundle: &Path, signals: &Signals) -> Result<u8> {
+    let created =
+        create::create_unless_told_to_end(global, id, bundle, Console::Ours, signals).await?;
     create::start_and_wait(id, created, signals).await
 }
 

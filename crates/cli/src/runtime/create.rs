@@ -12,7 +12,7 @@
 use super::{Call, Global, delete};
 use crate::calls::Server;
 use crate::console::Pty;
-use crate::foreground::{self, Signals};
+use crate::foreground::{self, Patience, Signals};
 use crate::record::{HostProcess, Record, replace};
 use crate::stand_in::Netns;
 use crate::stand_in::launch::{self, Request};
@@ -22,11 +22,11 @@ use kata_jail::Child;
 use kata_oci::{Process, Spec};
 use kata_protocol::Id;
 use kata_shim::options::CreateOptions;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Who holds the other end of the terminal.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +52,9 @@ pub async fn create_verb(call: &Call) -> Result<u8> {
     refuse_fds(call)?;
     let (id, bundle) = (call.id()?, bundle(call)?);
     let socket = call.flags.text("console-socket").map(Path::new);
-    let created = interruptible(&call.global, &id, &bundle, Console::Socket(socket)).await?;
+    let signals = Signals::take(Patience::Endless)?;
+    let console = Console::Socket(socket);
+    let created = create_unless_told_to_end(&call.global, &id, &bundle, console, &signals).await?;
     finish_detached(call, &id, &created).await?;
     Ok(0)
 }
@@ -62,17 +64,20 @@ pub async fn run_verb(call: &Call) -> Result<u8> {
     refuse_fds(call)?;
     let (id, bundle) = (call.id()?, bundle(call)?);
     let socket = call.flags.text("console-socket").map(Path::new);
-    if call.flags.on("detach") {
-        let created = interruptible(&call.global, &id, &bundle, Console::Socket(socket)).await?;
+    let detach = call.flags.on("detach");
+    let console = match socket {
+        None if !detach => Console::Ours,
+        socket => Console::Socket(socket),
+    };
+    let signals = Signals::take(Patience::Endless)?;
+    let created = create_unless_told_to_end(&call.global, &id, &bundle, console, &signals).await?;
+    if detach {
         undo_unless(call, &id, created.server.start_process(&id, None).await).await?;
         finish_detached(call, &id, &created).await?;
         return Ok(0);
     }
-    let signals = Signals::hold()?;
-    let console = socket.map_or(Console::Ours, |socket| Console::Socket(Some(socket)));
-    let created = create(&call.global, &id, &bundle, console).await?;
-    write_pid_file(call, created.stand_in.pid())?;
-    let code = start_and_wait(&id, created, signals).await;
+    undo_unless(call, &id, write_pid_file(call, created.stand_in.pid())).await?;
+    let code = start_and_wait(&id, created, &signals).await;
     if call.flags.on("keep") && code.is_ok() {
         return code;
     }
@@ -85,7 +90,7 @@ pub async fn run_verb(call: &Call) -> Result<u8> {
 ///
 /// # Errors
 /// When it cannot be started.
-pub async fn start_and_wait(id: &Id, created: Created, signals: Signals) -> Result<u8> {
+pub async fn start_and_wait(id: &Id, created: Created, signals: &Signals) -> Result<u8> {
     let Created { server, stand_in, terminal } = created;
     server.start_process(id, None).await?;
     foreground::wait(&stand_in, signals, terminal).await
@@ -127,32 +132,34 @@ fn bundle(call: &Call) -> Result<PathBuf> {
 }
 
 /// Creates, and undoes it when we are told to end meanwhile.
-async fn interruptible(
-    global: &Global,
-    id: &Id,
-    bundle: &Path,
-    console: Console<'_>,
-) -> Result<Created> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot watch signals")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch signals")?;
-    tokio::select! {
-        result = create(global, id, bundle, console) => return result,
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    delete::destroy(global, id).await?;
-    bail!("interrupted while the container was being created")
-}
-
-/// Creates a container; see the module's text for the order.
 ///
 /// # Errors
-/// With the cause; nothing is left then.
-pub async fn create(
+/// Those of [`create`], or that it was interrupted.
+pub async fn create_unless_told_to_end(
     global: &Global,
     id: &Id,
     bundle: &Path,
     console: Console<'_>,
+    signals: &Signals,
+) -> Result<Created> {
+    // Somebody else's container of this id must survive our being interrupted.
+    let ours = Cell::new(false);
+    let work = create(global, id, bundle, console, &ours);
+    signals
+        .unless_told_to_end(work, async || {
+            if ours.get() { delete::destroy(global, id).await } else { Ok(()) }
+        })
+        .await
+}
+
+/// Creates a container; see the module's text for the order. `ours` becomes true when the
+/// id is taken for us.
+async fn create(
+    global: &Global,
+    id: &Id,
+    bundle: &Path,
+    console: Console<'_>,
+    ours: &Cell<bool>,
 ) -> Result<Created> {
     let spec = read_spec(bundle)?;
     let process = spec.process.as_ref().context("config.json: process is missing")?;
@@ -163,6 +170,7 @@ pub async fn create(
         bail!("the root file system {} is not a directory", record.rootfs.display());
     }
     global.root.create(&record)?;
+    ours.set(true);
     let created = reach(global, &mut record, &spec, process, terminal).await;
     if created.is_err() {
         // The first failure is the one to tell.

@@ -9,8 +9,8 @@ use kata_protocol::Id;
 use kata_sandbox::SandboxDir;
 use std::time::Duration;
 
-/// How long a killed container may take to be seen as stopped.
-const STOP: Duration = Duration::from_secs(10);
+/// How long a container may take to end and be forgotten before its whole sandbox is ended.
+const STOP: Duration = Duration::from_secs(8);
 
 /// `delete [--force]`.
 pub async fn delete(call: &Call) -> Result<u8> {
@@ -52,7 +52,7 @@ pub async fn destroy(global: &Global, id: &Id) -> Result<()> {
         }
         Err(_) => {
             // The record is damaged. A sandbox of the container's own has the same id.
-            clean_up(id).await?;
+            clean_up(id)?;
             global.root.remove(id.as_str())?;
             return Ok(());
         }
@@ -66,22 +66,26 @@ pub async fn destroy(global: &Global, id: &Id) -> Result<()> {
 async fn remove(global: &Global, record: &Record, server: Option<&Server>) -> Result<()> {
     let (id, sandbox): (Id, Id) = (record.id.parse()?, record.sandbox()?);
     let alone = id == sandbox;
+    let mut helped = false;
     if let Some(server) = server {
-        let ended = end(server, &id).await;
-        if !alone {
-            ended?;
-        } else if let Err(error) = ended {
-            tracing::warn!("container {id} is removed without its server's help: {error:#}");
+        match tokio::time::timeout(STOP, end(server, &id)).await {
+            Ok(Ok(())) => helped = true,
+            Ok(Err(error)) if !alone => return Err(error),
+            Err(_) if !alone => bail!("container {id} does not end"),
+            Ok(Err(error)) => {
+                tracing::warn!("container {id} is removed without its server's help: {error:#}");
+            }
+            Err(_) => tracing::warn!("container {id} does not end: its sandbox is removed"),
         }
     }
     if alone {
         let kept = match server {
             // Containers of a pod that still run keep their sandbox.
-            Some(server) => matches!(server.shut_down(false).await, Ok(false)),
-            None => false,
+            Some(server) if helped => matches!(server.shut_down(false).await, Ok(false)),
+            _ => false,
         };
         if !kept {
-            clean_up(&sandbox).await?;
+            clean_up(&sandbox)?;
         }
     }
     if let Some(stand_in) = record.stand_in {
@@ -102,12 +106,7 @@ async fn end(server: &Server, id: &Id) -> Result<()> {
         }
         server.kill(id, libc::SIGKILL, true).await?;
         let request = WaitRequest { id: id.to_string(), ..Default::default() };
-        tokio::time::timeout(
-            STOP,
-            server.call(async |tasks, context| tasks.wait(context, &request).await),
-        )
-        .await
-        .with_context(|| format!("container {id} does not end"))??;
+        server.call(async |tasks, context| tasks.wait(context, &request).await).await?;
     }
     server.delete(id).await
 }
@@ -119,14 +118,14 @@ pub async fn undo(server: &Server, id: &Id, alone: bool) {
         if let Err(error) = server.shut_down(true).await {
             tracing::warn!("{error:#}");
         }
-        if let Err(error) = clean_up(id).await {
+        if let Err(error) = clean_up(id) {
             tracing::warn!("{error:#}");
         }
     }
 }
 
 /// Removes what is left of a sandbox, from its state file alone.
-async fn clean_up(sandbox: &Id) -> Result<()> {
+fn clean_up(sandbox: &Id) -> Result<()> {
     kata_sandbox::cleanup(&SandboxDir::of(sandbox))
         .with_context(|| format!("cannot remove what is left of sandbox {sandbox}"))
 }

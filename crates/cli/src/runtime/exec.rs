@@ -5,7 +5,7 @@ use super::create::{self, Console};
 use crate::calls::Server;
 use crate::console::Pty;
 use crate::flags::Parsed;
-use crate::foreground::{self, Signals};
+use crate::foreground::{self, Patience, Signals};
 use crate::record::Record;
 use crate::stand_in::Netns;
 use crate::stand_in::launch::{self, Request};
@@ -37,7 +37,7 @@ pub async fn exec(call: &Call) -> Result<u8> {
     let socket = call.flags.text("console-socket").map(Path::new);
     let detach = call.flags.on("detach");
     let console = if detach || socket.is_some() { Console::Socket(socket) } else { Console::Ours };
-    let signals = if detach { None } else { Some(Signals::hold()?) };
+    let signals = if detach { None } else { Some(Signals::take(Patience::Endless)?) };
     let terminal = create::open_terminal(&process, console)?;
     let exec: Id = new_id()?;
     let stand_in = launch::start(&Request {
@@ -58,13 +58,13 @@ pub async fn exec(call: &Call) -> Result<u8> {
     }
     match signals {
         None => Ok(0),
-        Some(signals) => attend(&stand_in, signals, terminal, console).await,
+        Some(signals) => attend(&stand_in, &signals, terminal, console).await,
     }
 }
 
 async fn attend(
     stand_in: &Child,
-    signals: Signals,
+    signals: &Signals,
     terminal: Option<Pty>,
     console: Console<'_>,
 ) -> Result<u8> {
