@@ -76,8 +76,15 @@ fn allow_list(pid: u32) -> Result<BpfProgram, BackendError> {
     }
     // A panic ends the process with a signal to itself.
     rules.insert(libc::SYS_tgkill, vec![equal(0, pid as i32)?]);
-    let prctls = [libc::PR_SET_NAME, libc::PR_CAPBSET_READ];
-    let prctls = prctls.into_iter().map(|option| equal(0, option)).collect::<Result<_, _>>()?;
+    // libcap-ng looks at all sets of capabilities before it changes one.
+    let is_ambient = [is(0, libc::PR_CAP_AMBIENT)?, is(1, libc::PR_CAP_AMBIENT_IS_SET)?];
+    let prctls = vec![
+        equal(0, libc::PR_SET_NAME)?,
+        equal(0, libc::PR_CAPBSET_READ)?,
+        equal(0, libc::PR_GET_SECUREBITS)?,
+        equal(0, libc::PR_GET_NO_NEW_PRIVS)?,
+        SeccompRule::new(is_ambient.into())?,
+    ];
     rules.insert(libc::SYS_prctl, prctls);
     build(rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }
@@ -93,13 +100,12 @@ fn build(
 
 /// The lower half of argument `index` is `value`.
 fn equal(index: u8, value: i32) -> Result<SeccompRule, BackendError> {
-    let is = SeccompCondition::new(
-        index,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::Eq,
-        u64::from(value as u32),
-    )?;
-    SeccompRule::new(vec![is])
+    SeccompRule::new(vec![is(index, value)?])
+}
+
+fn is(index: u8, value: i32) -> Result<SeccompCondition, BackendError> {
+    let value = u64::from(value as u32);
+    SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
 }
 
 /// Of the bits `mask` in the lower half of argument `index` exactly `value` are set.

@@ -1,88 +1,17 @@
 //! The real process: its jail, and what attaching does. Needs root.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod support;
+
 use std::collections::HashMap;
 use std::fs;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use kata_devices::{DevicesProcess, Error, Options};
+use kata_devices::Error;
+use support::Share;
 use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
-
-/// `Launch::role` starts this very binary again. The role runs before the test harness,
-/// which knows nothing of roles.
-#[used]
-#[unsafe(link_section = ".init_array")]
-static RUN_ROLE: extern "C" fn() = run_role;
-
-extern "C" fn run_role() {
-    if let Ok(Some(invocation)) = kata_jail::role::current() {
-        assert_eq!(invocation.role, kata_jail::Role::Devices);
-        let code = kata_devices::main(&invocation.args).map_or(1, |()| 0);
-        std::process::exit(code);
-    }
-}
-
-struct Share {
-    process: DevicesProcess,
-    vmm: Option<OwnedFd>,
-    dir: tempfile::TempDir,
-}
-
-impl Share {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let (process, vmm) = DevicesProcess::spawn(dir.path(), Options::default()).unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the socket's name stays");
-        process.ready().unwrap();
-        Self { process, vmm: Some(vmm), dir }
-    }
-
-    /// The share as the process sees it.
-    fn inside(&self, path: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root/{path}", self.process.child().pid()))
-    }
-
-    fn host_dir(&self, name: &str) -> PathBuf {
-        let path = self.dir.path().join(name);
-        fs::create_dir(&path).unwrap();
-        path
-    }
-
-    fn attach(&self, source: &Path, at: &str, readonly: bool) -> Result<(), Error> {
-        self.process.attach(source, Path::new(at), readonly, true)
-    }
-
-    fn proc(&self, name: &str) -> String {
-        fs::read_to_string(format!("/proc/{}/{name}", self.process.child().pid())).unwrap()
-    }
-
-    fn mount_options(&self, at: &str) -> Vec<String> {
-        let table = self.proc("mountinfo");
-        let line = table.lines().find(|l| l.split(' ').nth(4) == Some(at)).unwrap();
-        line.split(' ').nth(5).unwrap().split(',').map(str::to_owned).collect()
-    }
-
-    fn wait_for_end(&self) {
-        let start = Instant::now();
-        while self.process.child().try_wait().unwrap().is_none() {
-            assert!(start.elapsed() < Duration::from_secs(10), "it does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        drop(self.vmm.take());
-        if !std::thread::panicking() {
-            self.wait_for_end();
-        }
-    }
-}
 
 /// A mount on the host, for the length of a test.
 struct HostMount(PathBuf);
