@@ -208,6 +208,9 @@ fn become_program(
     let entered = std::env::set_current_dir(&process.cwd);
     capabilities.apply_bounding()?;
     set_keep_capabilities(true).context(|| "keep the capabilities")?;
+    if !namespaces::has_user(&linux) {
+        process::set_limits(None, &process.rlimits)?;
+    }
     process::take_identity(process, process::standard_streams())?;
     if let Err(error) = entered {
         if error.kind() != io::ErrorKind::PermissionDenied {

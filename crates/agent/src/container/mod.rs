@@ -307,8 +307,11 @@ impl Builder {
         drop(fds.fds);
         let ToInit::Config(config) = message else { return Err(ContainerError::Died) };
         let built = follow(&channel, first, &config).await?;
-        process::set_limits(built.pid, &config.process.rlimits)
-            .map_err(|failure| ContainerError::Process(failure.text))?;
+        if namespaces::has_user(&config.spec.linux()) {
+            // Root of a user namespace may not raise limits; init leaves them to us then.
+            process::set_limits(Some(built.pid), &config.process.rlimits)
+                .map_err(|failure| ContainerError::Process(failure.text))?;
+        }
         Ok((built, channel, config))
     }
 }

@@ -68,8 +68,7 @@ pub(super) fn finish(inside: &Inside, spec: &Spec) -> Step {
         let destination = clean(&m.destination);
         let what = || format!("make {} read-only", destination.display());
         let handle = inside.handle(&destination).context(what)?;
-        let flags = options.flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(NONE, &proc_path(handle.as_fd()), NONE, flags, NONE).context(what)?;
+        make_readonly(handle.as_fd())?;
     }
     Ok(())
 }

@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 /// Longest `/etc/passwd` that is looked at.
 const MAX_PASSWD: u64 = 1 << 20;
 
-/// Sets the limits of another process; called by the agent, which may raise them.
-pub(super) fn set_limits(pid: i32, limits: &[Rlimit]) -> Step {
+/// Sets the limits of another process, or of this one.
+pub(super) fn set_limits(pid: Option<i32>, limits: &[Rlimit]) -> Step {
     for limit in limits {
         let Some(resource) = resource(&limit.kind) else {
             return Err(Failure::setup(format!("rlimit {:?} is unknown", limit.kind)));
@@ -25,7 +25,7 @@ pub(super) fn set_limits(pid: i32, limits: &[Rlimit]) -> Step {
         let finite = |value: u64| (value != u64::MAX).then_some(value);
         let new =
             rustix::process::Rlimit { current: finite(limit.soft), maximum: finite(limit.hard) };
-        prlimit(Pid::from_raw(pid), resource, new)
+        prlimit(pid.and_then(Pid::from_raw), resource, new)
             .context(|| format!("error setting rlimit type {}", limit.kind))?;
     }
     Ok(())
@@ -298,12 +298,15 @@ pub(super) fn execute(path: &Path, args: &[CString], environment: &[CString]) ->
 
 /// Gives every signal its default effect and blocks none.
 pub(super) fn reset_signals() {
+    // Not by signal(3): a C library keeps two signals to itself, and those may be ignored
+    // by whoever started the agent. All zero is the default effect, without flags.
+    let default = [0u64; 4];
     for signal in 1..=64 {
-        if matches!(signal, libc::SIGKILL | libc::SIGSTOP | 32 | 33) {
-            continue;
-        }
-        // SAFETY: sets a disposition; no handler runs in this single-threaded process.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: sets a disposition from a structure of the kernel's size that lives through
+        // the call. It fails for the two that cannot be changed.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, size_of::<u64>())
+        };
     }
     let mut none = std::mem::MaybeUninit::uninit();
     // SAFETY: the set is initialised by the first call before the second reads it.

@@ -1,0 +1,451 @@
+//! The container builder against `runc` and `crun`: the same `config.json`, the same
+//! process. Runs as root on the machine itself, without a VM.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests.
+
+#[path = "oracle/machine.rs"]
+mod machine;
+
+use machine::{Bundle, compare, exec, kill, run, run_by, start};
+use serde_json::{Value, json};
+
+const BOTH: [&str; 2] = ["runc", "crun"];
+const RUNC: [&str; 1] = ["runc"];
+
+/// Identity, limits and what surrounds a process. Lines that name no property of the
+/// container (pids, memory, counters) are left out.
+const PROCESS: &str = "grep -E '^(Umask|Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|SigBlk|SigCgt|\
+Speculation_Store_Bypass)' /proc/self/status; cat /proc/self/limits; env; pwd; \
+cat /proc/self/oom_score_adj; hostname; id; cat /proc/self/uid_map; ls /proc/self/fd | grep -c . ";
+
+/// Mounts in order: root, place, options, propagation, kind, source, options again.
+const MOUNTS: &str = "sed -E 's/^[0-9]+ [0-9]+ [0-9]+:[0-9]+ //; s/(master|shared):[0-9]+/\\1/' \
+/proc/self/mountinfo";
+
+/// Device nodes and links.
+const DEVICES: &str = "cd /dev; for f in *; do stat -c '%n %F %a %u:%g %t:%T %N' $f; done";
+
+fn add_mounts(config: &mut Value, mounts: &[Value]) {
+    config["mounts"].as_array_mut().unwrap().extend(mounts.iter().cloned());
+}
+
+#[tokio::test]
+async fn default_container_is_as_runc_and_crun_build_it() {
+    let bundle = Bundle::new();
+    compare(&bundle, &bundle.config(PROCESS), &BOTH).await;
+    compare(&bundle, &bundle.config(DEVICES), &RUNC).await;
+    compare(&bundle, &bundle.config(MOUNTS), &RUNC).await;
+    // Not by a shell, which ignores some itself.
+    let mut config = bundle.config("");
+    config["process"]["args"] = json!(["grep", "SigIgn", "/proc/self/status"]);
+    assert_eq!(run(&config).await.unwrap().output, "SigIgn:\t0000000000000000\n");
+}
+
+#[tokio::test]
+async fn identity_and_limits_are_as_runc_and_crun_set_them() {
+    let bundle = Bundle::new();
+    let mut config = bundle.config(PROCESS);
+    let process = &mut config["process"];
+    process["user"] =
+        json!({"uid": 1000, "gid": 1000, "additionalGids": [10, 20, 4000], "umask": 0o27});
+    process["noNewPrivileges"] = json!(true);
+    process["oomScoreAdj"] = json!(123);
+    process["cwd"] = json!("/made/for/it");
+    process["rlimits"] = json!([
+        {"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200},
+        {"type": "RLIMIT_CORE", "soft": 0, "hard": 0}
+    ]);
+    let some = json!(["CAP_NET_BIND_SERVICE", "CAP_KILL"]);
+    process["capabilities"] = json!({
+        "bounding": ["CAP_NET_BIND_SERVICE", "CAP_KILL", "CAP_CHOWN"],
+        "permitted": some, "effective": some, "inheritable": some,
+        "ambient": ["CAP_NET_BIND_SERVICE"]
+    });
+    let outcome = compare(&bundle, &config, &BOTH).await;
+    assert!(outcome.output.contains("HOME=/home/user"), "{}", outcome.output);
+}
+
+#[tokio::test]
+async fn process_without_capabilities_has_none() {
+    let bundle = Bundle::new();
+    let mut config = bundle.config("grep Cap /proc/self/status");
+    config["process"]["capabilities"] = json!({});
+    let outcome = compare(&bundle, &config, &BOTH).await;
+    assert_eq!(outcome.output.matches("0000000000000000").count(), 5, "{}", outcome.output);
+}
+
+#[tokio::test]
+async fn mounts_of_all_kinds_are_as_runc_makes_them() {
+    let bundle = Bundle::new();
+    let volume = bundle.path().join("volume");
+    std::fs::create_dir_all(volume.join("below")).unwrap();
+    std::fs::write(volume.join("file"), "text").unwrap();
+    std::fs::create_dir(bundle.root().join("full")).unwrap();
+    std::fs::write(bundle.root().join("full/kept"), "kept").unwrap();
+    std::os::unix::fs::symlink("/run", bundle.root().join("var/run")).unwrap();
+    let script = format!("{MOUNTS}; cat /full/kept /file; ls -lan /full; touch /covered/x");
+    let mut config = bundle.config(&script);
+    config["root"]["readonly"] = json!(true);
+    let bind = |to: &str, from: &std::path::Path, options: &[&str]| json!({"destination": to, "type": "bind", "source": from, "options": options});
+    let tmpfs = |to: &str, options: &[&str]| json!({"destination": to, "type": "tmpfs", "source": "tmpfs", "options": options});
+    add_mounts(
+        &mut config,
+        &[
+            bind("/plain", &volume, &["rbind"]),
+            bind("/ro", &volume, &["rbind", "ro", "rprivate"]),
+            bind("/flags", &volume, &["bind", "nosuid", "nodev", "noexec", "noatime"]),
+            bind("/shared", &volume, &["rbind", "rshared"]),
+            bind("/slave", &volume, &["rbind", "rshared", "rslave"]),
+            bind("/unbindable", &volume, &["bind", "unbindable"]),
+            bind("/tree", &volume, &["rbind", "rro", "rnosuid"]),
+            bind("/file", &volume.join("file"), &["bind", "ro"]),
+            bind("/var/run/deep/inside", &volume, &["bind"]),
+            tmpfs("/covered", &["rw", "size=1m", "mode=755"]),
+            tmpfs("/mnt", &["nosuid", "ro", "mode=755"]),
+            tmpfs("/full", &["tmpcopyup", "size=1m", "mode=755"]),
+        ],
+    );
+    let outcome = compare(&bundle, &config, &RUNC).await;
+    assert!(outcome.output.contains("kepttext"), "{}", outcome.output);
+}
+
+#[tokio::test]
+async fn tmpfs_keeps_the_mode_of_what_it_covers_unless_told() {
+    let bundle = Bundle::new();
+    for name in ["kept", "told"] {
+        let path = bundle.root().join(name);
+        std::fs::create_dir(&path).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o1770))
+            .unwrap();
+    }
+    let mut config = bundle.config("stat -c %a /kept /told /fresh");
+    let tmpfs = |to: &str, options: &[&str]| json!({"destination": to, "type": "tmpfs", "source": "tmpfs", "options": options});
+    add_mounts(
+        &mut config,
+        &[tmpfs("/kept", &[]), tmpfs("/told", &["mode=700"]), tmpfs("/fresh", &[])],
+    );
+    assert_eq!(run(&config).await.unwrap().output, "1770\n700\n1777\n");
+}
+
+#[tokio::test]
+async fn extra_devices_are_as_runc_makes_them() {
+    let bundle = Bundle::new();
+    let mut config =
+        bundle.config(&format!("{DEVICES}; stat -c '%n %F %a %u:%g %t:%T' /dev/sub/x"));
+    config["linux"]["devices"] = json!([
+        {"type": "c", "path": "/dev/fuse", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 7, "gid": 8},
+        {"type": "c", "path": "/dev/sub/x", "major": 1, "minor": 5},
+        {"type": "p", "path": "/dev/fifo", "fileMode": 0o600}
+    ]);
+    compare(&bundle, &config, &RUNC).await;
+}
+
+#[tokio::test]
+async fn sysctls_and_names_are_set() {
+    let bundle = Bundle::new();
+    let mut config =
+        bundle.config("cat /proc/sys/kernel/msgmax /proc/sys/fs/mqueue/msg_max; hostname");
+    config["linux"]["sysctl"] = json!({"kernel.msgmax": "65536", "fs.mqueue.msg_max": "20"});
+    let outcome = compare(&bundle, &config, &BOTH).await;
+    assert_eq!(outcome.output, "65536\n20\noracle\n");
+}
+
+#[tokio::test]
+async fn user_namespace_maps_ids() {
+    let bundle = Bundle::new();
+    std::process::Command::new("chmod").arg("755").arg(bundle.path()).status().unwrap();
+    std::process::Command::new("chown")
+        .args(["-R", "100000:100000"])
+        .arg(bundle.path())
+        .status()
+        .unwrap();
+    let script = format!(
+        "id; cat /proc/self/uid_map /proc/self/gid_map; {MOUNTS}; {DEVICES} | grep -v mqueue"
+    );
+    let mut config = bundle.config(&script);
+    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+    let map = json!([{"containerID": 0, "hostID": 100000, "size": 65536}]);
+    config["linux"]["uidMappings"] = map.clone();
+    config["linux"]["gidMappings"] = map;
+    // A sysfs needs a network namespace of the user namespace; ours is shared.
+    config["mounts"].as_array_mut().unwrap().retain(|m| m["type"] != "sysfs");
+    compare(&bundle, &config, &RUNC).await;
+}
+
+#[tokio::test]
+async fn start_hooks_run_in_the_container_before_its_program() {
+    let bundle = Bundle::new();
+    let mut config = bundle.config("cat /tmp/hook");
+    let hook = "cat >/tmp/state; grep -c '\"status\":\"created\"' /tmp/state >/tmp/hook; echo $X $$ >>/tmp/hook";
+    config["hooks"] = json!({"startContainer": [
+        {"path": "/bin/sh", "args": ["sh", "-c", hook], "env": ["X=y", "PATH=/bin"]}
+    ]});
+    let ours = run(&config).await.unwrap();
+    assert!(ours.output.starts_with("1\ny "), "{}", ours.output);
+    assert!(run_by("runc", &bundle, &config).output.starts_with("1\ny "));
+    config["hooks"]["startContainer"][0]["args"] =
+        json!(["sh", "-c", "echo complaint >&2; exit 3"]);
+    let error = run(&config).await.unwrap_err().to_string();
+    assert!(error.contains("complaint"), "{error}");
+}
+
+#[tokio::test]
+async fn errors_read_as_runcs() {
+    let bundle = Bundle::new();
+    std::fs::write(bundle.root().join("bin/data"), "no program").unwrap();
+    let cases: [(&[&str], &str, u32); 4] = [
+        (&["missing"], r#"exec: "missing": executable file not found in $PATH"#, 127),
+        (
+            &["/bin/missing"],
+            r#"exec: "/bin/missing": stat /bin/missing: no such file or directory"#,
+            127,
+        ),
+        (&["/bin/data"], r#"exec: "/bin/data": permission denied"#, 126),
+        (&["/etc"], r#"exec: "/etc": "#, 126),
+    ];
+    for (args, text, code) in cases {
+        let mut config = bundle.config("");
+        config["process"]["args"] = json!(args);
+        let error = run(&config).await.unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(error.exit_code(), code, "{error}");
+        let runc = run_by("runc", &bundle, &config);
+        // Its message is quoted in a log line.
+        assert!(runc.output.replace('\\', "").contains(text), "{}", runc.output);
+    }
+    let mut config = bundle.config("true");
+    add_mounts(
+        &mut config,
+        &[json!({"destination": "/x", "type": "bind", "source": "/no/such", "options": ["bind"]})],
+    );
+    let error = run(&config).await.unwrap_err().to_string();
+    assert!(
+        error.contains(
+            "error during container init: error mounting \"/no/such\" to rootfs at \"/x\""
+        ),
+        "{error}"
+    );
+    assert!(error.contains("no such file or directory"), "{error}");
+}
+
+#[tokio::test]
+async fn exec_is_as_runcs() {
+    let bundle = Bundle::new();
+    let mut config = bundle.config("sleep 100");
+    config["process"]["noNewPrivileges"] = json!(true);
+    let running = start(&config, Default::default()).await.unwrap();
+    let script = format!("{PROCESS}; {MOUNTS}; ls -1 /proc | grep -c '^1$'");
+    let process = json!({
+        "args": ["sh", "-c", script], "cwd": "/tmp", "env": ["PATH=/bin", "A=b"],
+        "user": {"uid": 1000, "gid": 7, "additionalGids": [3]},
+        "capabilities": {"bounding": ["CAP_KILL"], "inheritable": ["CAP_KILL"]}
+    });
+    let ours = exec(&running, &process).await.unwrap();
+    let missing = json!({"args": ["missing"], "cwd": "/", "env": ["PATH=/bin"]});
+    let error = exec(&running, &missing).await.unwrap_err();
+    assert_eq!(error.exit_code(), 127, "{error}");
+    kill(&running);
+    assert!(exec(&running, &process).await.unwrap_err().to_string().contains("stopped container"));
+
+    let state = tempfile::tempdir().unwrap();
+    std::fs::write(bundle.path().join("config.json"), config.to_string()).unwrap();
+    std::fs::write(bundle.path().join("process.json"), process.to_string()).unwrap();
+    let runc = |args: &[&str]| {
+        std::process::Command::new("runc")
+            .arg("--root")
+            .arg(state.path())
+            .args(args)
+            .current_dir(bundle.path())
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap()
+    };
+    let id = machine::fresh_id();
+    let started = std::process::Command::new("runc")
+        .arg("--root")
+        .arg(state.path())
+        .args(["run", "--detach", &id])
+        .current_dir(bundle.path())
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert!(started.success());
+    let theirs = runc(&["exec", "--process", "process.json", &id]);
+    runc(&["delete", "--force", &id]);
+    assert_eq!(ours.output, String::from_utf8_lossy(&theirs.stdout));
+}
+
+#[tokio::test]
+async fn container_that_is_not_started_ends_with_its_builder() {
+    let bundle = Bundle::new();
+    let id = machine::fresh_id().parse().unwrap();
+    let config = bundle.config("true").to_string();
+    let (built, created) = machine::builder()
+        .create(&id, config.as_bytes(), Default::default(), |_| Ok(()), None)
+        .await
+        .unwrap();
+    drop(created);
+    let ended = || machine::state(built.pid).is_none_or(|(state, _)| state == 'Z');
+    for _ in 0..500 {
+        if ended() {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("init {} still waits", built.pid);
+}
+
+/// Which calls the probe makes, with arguments that do no harm.
+const PROBED: &str = "ORACLE_PROBE";
+
+/// Not a test: this program runs in a container and tells what its filter lets through.
+#[test]
+fn probe() {
+    let Ok(list) = std::env::var(PROBED) else { return };
+    for line in list.split(';') {
+        let numbers: Vec<i64> = line.split(',').map(|n| n.parse::<u64>().unwrap() as i64).collect();
+        let at = |index: usize| numbers.get(index).copied().unwrap_or(0);
+        // SAFETY: the test names only calls that fail on such arguments.
+        let result = unsafe { libc::syscall(at(0), at(1), at(2), at(3), at(4), at(5), at(6)) };
+        let error = std::io::Error::last_os_error().raw_os_error();
+        println!("probe {line}: {:?}", if result == -1 { error } else { None });
+    }
+}
+
+/// A configuration that runs [`probe`] under a filter.
+fn probing(bundle: &Bundle, seccomp: Value, calls: &[String]) -> Value {
+    let mut config = bundle.config("");
+    config["process"]["args"] =
+        json!(["/probe", "--exact", "probe", "--nocapture", "--test-threads=1"]);
+    let list = calls.join(";");
+    config["process"]["env"] = json!(["PATH=/bin", format!("{PROBED}={list}")]);
+    config["linux"]["seccomp"] = seccomp;
+    add_mounts(
+        &mut config,
+        &[json!({"destination": "/probe", "type": "bind",
+                 "source": std::env::current_exe().unwrap(), "options": ["bind", "ro"]})],
+    );
+    config
+}
+
+/// The answers of a probe, without what the test program says around them.
+fn answers(outcome: &machine::Outcome) -> Vec<String> {
+    let lines = outcome.output.lines().filter_map(|line| line.split_once("probe "));
+    let answers: Vec<_> = lines.map(|(_, answer)| answer.to_owned()).collect();
+    assert!(!answers.is_empty(), "{outcome:?}");
+    answers
+}
+
+async fn compare_filter(seccomp: Value, calls: &[String], runtimes: &[&str]) -> Vec<String> {
+    let bundle = Bundle::new();
+    let config = probing(&bundle, seccomp, calls);
+    let ours = answers(&run(&config).await.unwrap());
+    for runtime in runtimes {
+        assert_eq!(ours, answers(&run_by(runtime, &bundle, &config)), "we differ from {runtime}");
+    }
+    ours
+}
+
+/// Arguments around every boundary of a 64-bit comparison with `2^32 + 5`.
+fn boundaries(call: libc::c_long) -> Vec<String> {
+    let half = 1u64 << 32;
+    [0, 4, 5, 6, half - 1, half, half + 4, half + 5, half + 6, 2 * half + 5, u64::MAX]
+        .iter()
+        .map(|value| format!("{call},1,{value},4096"))
+        .collect()
+}
+
+#[tokio::test]
+async fn argument_comparisons_are_as_libseccomp_compiles_them() {
+    // Calls that fail on an address of 1, whatever the rest.
+    let calls = [
+        (libc::SYS_madvise, "madvise", "SCMP_CMP_EQ"),
+        (libc::SYS_msync, "msync", "SCMP_CMP_NE"),
+        (libc::SYS_mincore, "mincore", "SCMP_CMP_LT"),
+        (libc::SYS_mremap, "mremap", "SCMP_CMP_LE"),
+        (libc::SYS_remap_file_pages, "remap_file_pages", "SCMP_CMP_GT"),
+        (libc::SYS_mbind, "mbind", "SCMP_CMP_GE"),
+        (libc::SYS_migrate_pages, "migrate_pages", "SCMP_CMP_MASKED_EQ"),
+    ];
+    let value = (1u64 << 32) + 5;
+    let rules: Vec<Value> = calls
+        .iter()
+        .map(|(_, name, op)| {
+            let masked = *op == "SCMP_CMP_MASKED_EQ";
+            let (value, two) =
+                if masked { (0x1_0000_0004u64, 0x1_0000_0004u64) } else { (value, 0) };
+            json!({"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": 77,
+                   "args": [{"index": 1, "value": value, "valueTwo": two, "op": op}]})
+        })
+        .collect();
+    let probes: Vec<String> = calls.iter().flat_map(|(number, ..)| boundaries(*number)).collect();
+    let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules});
+    let ours = compare_filter(seccomp, &probes, &BOTH).await;
+    assert!(
+        ours.iter().any(|a| a.ends_with("Some(77)"))
+            && !ours.iter().all(|a| a.ends_with("Some(77)"))
+    );
+}
+
+#[tokio::test]
+async fn several_conditions_and_rules_are_as_libseccomp_combines_them() {
+    let arg = |index: u32, value: u64, op: &str| json!({"index": index, "value": value, "op": op});
+    let rules = json!([
+        {"names": ["madvise"], "action": "SCMP_ACT_ERRNO", "errnoRet": 71,
+         "args": [arg(1, 5, "SCMP_CMP_EQ"), arg(2, 9, "SCMP_CMP_EQ")]},
+        {"names": ["msync"], "action": "SCMP_ACT_ERRNO", "errnoRet": 72,
+         "args": [arg(1, 5, "SCMP_CMP_EQ"), arg(1, 9, "SCMP_CMP_EQ")]},
+        {"names": ["mincore"], "action": "SCMP_ACT_ERRNO", "errnoRet": 73, "args": [arg(1, 5, "SCMP_CMP_EQ")]},
+        {"names": ["mincore", "no_such_call"], "action": "SCMP_ACT_ERRNO", "errnoRet": 73, "args": []},
+        {"names": ["mremap"], "action": "SCMP_ACT_ALLOW", "args": []}
+    ]);
+    let mut probes = Vec::new();
+    for call in [libc::SYS_madvise, libc::SYS_msync, libc::SYS_mincore, libc::SYS_mremap] {
+        for (first, second) in [(5, 9), (5, 8), (9, 5), (9, 9), (1, 1)] {
+            probes.push(format!("{call},1,{first},{second}"));
+        }
+    }
+    let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules});
+    compare_filter(seccomp, &probes, &BOTH).await;
+}
+
+#[tokio::test]
+async fn calls_newer_than_the_profile_do_not_exist_as_with_runc() {
+    let allowed: Vec<&str> = (0..=439usize)
+        .filter_map(syscalls::x86_64::Sysno::new)
+        .map(|call| call.name())
+        .filter(|name| !["madvise", "swapon", "msync"].contains(name))
+        .collect();
+    for no_new_privs in [false, true] {
+        let seccomp = json!({
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "syscalls": [{"names": allowed, "action": "SCMP_ACT_ALLOW"}]
+        });
+        let probes: Vec<String> = [28, 167, 26, 25, 440, 600, 5000, 0x4000_0000 + 600]
+            .map(|number: u64| format!("{number},1,1,1"))
+            .to_vec();
+        let bundle = Bundle::new();
+        let mut config = probing(&bundle, seccomp, &probes);
+        config["process"]["noNewPrivileges"] = json!(no_new_privs);
+        let ours = answers(&run(&config).await.unwrap());
+        assert_eq!(ours, answers(&run_by("runc", &bundle, &config)), "{no_new_privs}");
+        assert!(ours[0].ends_with("Some(1)") && ours[5].ends_with("Some(38)"), "{ours:?}");
+    }
+}
+
+#[tokio::test]
+async fn killed_calls_end_the_process() {
+    let bundle = Bundle::new();
+    let mut config = bundle.config("mkdir /tmp/x");
+    config["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_KILL_PROCESS"}]
+    });
+    assert_eq!(run(&config).await.unwrap().code, 128 + 31);
+    assert_eq!(run_by("runc", &bundle, &config).code, 128 + 31);
+    config["process"]["args"] =
+        json!(["sh", "-c", "exec 2>/dev/null; mkdir /tmp/x; grep ^Seccomp: /proc/self/status"]);
+    compare(&bundle, &config, &BOTH).await;
+}
