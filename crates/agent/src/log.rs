@@ -7,6 +7,8 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
+use crate::machine;
+
 /// Longest line, bytes. What a container makes us log must not flood the console.
 const LINE: usize = 1024;
 
@@ -40,7 +42,10 @@ impl Subscriber for Console {
     fn record_follows_from(&self, _: &Id, _: &Id) {}
 
     fn event(&self, event: &Event<'_>) {
-        let mut line = Line(format!("kata-agent: {}", level(*event.metadata().level())));
+        let stamp = machine::boottime_ns() / 1000;
+        let (seconds, micros) = (stamp / 1_000_000, stamp % 1_000_000);
+        let level = level(*event.metadata().level());
+        let mut line = Line(format!("[{seconds:5}.{micros:06}] kata-agent: {level}"));
         event.record(&mut line);
         let mut text = line.0;
         if text.len() > LINE {

@@ -80,6 +80,22 @@ fn online_cpus(count: u32) {
     }
 }
 
+/// Makes the allocator keep what it has. By default it gives the end of the heap back at
+/// each chance, so that buffers of streams come with page faults, which are what costs
+/// most where the processor is emulated. One arena is enough for one thread.
+pub fn keep_memory() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_MMAP_THRESHOLD, 4 << 20),
+        (libc::M_TRIM_THRESHOLD, 8 << 20),
+    ] {
+        // SAFETY: no pointers; called before there is a second thread. Refused, it stays as
+        // it was.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
 /// The kernel's release, as `uname -r` shows it.
 pub fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()

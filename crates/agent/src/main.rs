@@ -19,6 +19,7 @@ fn main() -> ExitCode {
     if arguments.next().is_some_and(|name| name == container::INIT) {
         container::init_main();
     }
+    machine::keep_memory();
     if std::process::id() == 1 {
         guest(started);
     }
@@ -42,6 +43,7 @@ fn guest(started: i64) -> ! {
     boot::power_off_on_panic();
     let Settings { vsock, debug } = boot::boot().unwrap_or_else(|error| boot::fail(&chain(&error)));
     log::init(debug);
+    tracing::debug!("the guest is up");
     let carrier = if vsock { Carrier::Vsock } else { Carrier::Serial };
     match run(Role::Guest, carrier, started) {
         Ok(()) => boot::fail("the channel to the host ended"),

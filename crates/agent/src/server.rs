@@ -66,8 +66,10 @@ pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError
     match carrier {
         Carrier::Serial => {
             let port = port().await?;
+            tracing::debug!("virtio-serial port is open");
             loop {
                 let connection = port.connection().await?;
+                tracing::debug!("the host has its end of the port open");
                 let reason = session(&agent, Acceptor::multiplexed(connection), &calls).await;
                 tracing::info!(%reason, "channel closed");
             }
@@ -102,6 +104,7 @@ async fn session(
             Ok(accepted) => accepted,
             Err(reason) => break reason,
         };
+        tracing::debug!(kind = ?header.kind, "stream accepted");
         match header.kind {
             // The server takes streams as long as the agent lives.
             StreamKind::Rpc => drop(calls.send(stream).await),

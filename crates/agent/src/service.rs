@@ -73,6 +73,7 @@ impl Agent {
     }
 
     async fn connect(&self, request: ConnectRequest) -> Result<ConnectResponse, AgentError> {
+        tracing::debug!(sandbox = request.sandbox_id, "connecting");
         if request.protocol_version != VERSION {
             return Err(AgentError::Precondition(format!(
                 "the host speaks agent protocol {}, this guest's agent {} speaks {VERSION}: \

@@ -16,6 +16,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 const READ_BUFFER: usize = 128 << 10;
 /// Output gathered before the multiplexer has to wait.
 const WRITE_BUFFER: usize = 128 << 10;
+/// Room kept for output: what is gathered and the frame that goes over the limit.
+const OUTPUT_KEPT: usize = 2 * WRITE_BUFFER;
 /// Output taken beyond that so that the multiplexer keeps reading; see [`Wire::unblock`].
 const WRITE_LIMIT: usize = 1 << 20;
 
@@ -111,7 +113,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> State<T> {
             }
         }
         self.output.clear();
-        self.output.shrink_to(WRITE_BUFFER);
+        // Kept at the size that one round needs: growing anew each time costs page faults.
+        if self.output.capacity() > OUTPUT_KEPT {
+            self.output.shrink_to(OUTPUT_KEPT);
+        }
         self.output_at = 0;
         self.output_limit = WRITE_BUFFER;
         Poll::Ready(Ok(()))
