@@ -16,10 +16,13 @@ const TCG: &[&str] = &["tsc=reliable", "no_timer_check", "noreplace-smp"];
 /// Defences that cost time under TCG and are of no use there: the guest's code runs on no
 /// processor with these faults, but is translated.
 const TCG_DEFENCES_OFF: &[&str] =
-    &["mitigations=off", "init_on_alloc=0", "nokaslr", "randomize_kstack_offset=off"];
+    &["mitigations=off", "init_on_alloc=0", "randomize_kstack_offset=off"];
 
 /// Of our boot-hints patch. Another kernel would hand them to init as unknown.
 const TCG_TUNED: &[&str] = &["lapic_khz=1000000", "keep_initmem"];
+
+/// To move the kernel is the work of a bzImage's loader; ours has none, and does not move.
+const TCG_DISTRO: &[&str] = &["nokaslr"];
 
 /// The whole command line.
 pub fn command_line(config: &VmConfig) -> String {
@@ -30,9 +33,10 @@ pub fn command_line(config: &VmConfig) -> String {
             params.push(format!("tsc_early_khz={}", config.tsc_khz));
             params.push(format!("lpj={}", loops_per_jiffy(config.tsc_khz, config.kernel_kind)));
         }
-        if config.kernel_kind == KernelKind::Tuned {
-            params.extend(TCG_TUNED.iter().map(ToString::to_string));
-        }
+        params.extend(match config.kernel_kind {
+            KernelKind::Tuned => TCG_TUNED.iter().map(ToString::to_string),
+            KernelKind::Distro => TCG_DISTRO.iter().map(ToString::to_string),
+        });
     }
     params.extend(config.kernel_params.iter().cloned());
     params.join(" ")
@@ -45,4 +49,55 @@ fn loops_per_jiffy(tsc_khz: u64, kernel: KernelKind) -> u64 {
         KernelKind::Distro => 250,
     };
     tsc_khz.saturating_mul(1000) / ticks_per_second
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::sample_config;
+
+    fn params(change: impl FnOnce(&mut VmConfig)) -> Vec<String> {
+        let mut config = sample_config();
+        change(&mut config);
+        command_line(&config).split(' ').map(str::to_owned).collect()
+    }
+
+    fn has(params: &[String], name: &str) -> bool {
+        params.iter().any(|param| param.split('=').next() == Some(name))
+    }
+
+    #[test]
+    fn under_kvm_a_guest_keeps_its_clock_and_its_defences() {
+        let params = params(|config| config.accelerator = Accelerator::Kvm);
+        assert_eq!(params, ALWAYS);
+    }
+
+    #[test]
+    fn under_tcg_the_clock_is_told() {
+        let params = params(|config| config.tsc_khz = 2_600_000);
+        assert!(params.contains(&"tsc_early_khz=2600000".to_owned()));
+        assert!(params.contains(&"lpj=26000000".to_owned()));
+    }
+
+    #[test]
+    fn a_clock_that_is_not_known_is_not_told() {
+        let params = params(|config| config.tsc_khz = 0);
+        assert!(!has(&params, "tsc_early_khz") && !has(&params, "lpj"));
+    }
+
+    #[test]
+    fn a_distributions_kernel_gets_nothing_that_it_would_hand_to_init() {
+        let params = params(|config| {
+            config.kernel_kind = KernelKind::Distro;
+            config.tsc_khz = 2_600_000;
+        });
+        assert!(!has(&params, "lapic_khz") && !has(&params, "keep_initmem"));
+        assert!(params.contains(&"lpj=10400000".to_owned()));
+    }
+
+    #[test]
+    fn the_configurations_parameters_come_last_and_so_win() {
+        let params = params(|config| config.kernel_params = vec!["panic=5".to_owned()]);
+        assert_eq!(params.last().unwrap(), "panic=5");
+    }
 }

@@ -303,7 +303,6 @@ async fn a_microvm_boots_but_takes_no_devices() {
     let directory = tempfile::tempdir().unwrap();
     let mut config = config(&directory, "sleep");
     config.machine = Machine::Microvm;
-    config.hotplug_ports = 0;
     let mut vm = started(config).await;
     says(&vm, "init is up").await;
     assert!(!vm.capabilities().plug);

@@ -13,7 +13,7 @@ use crate::kernel_params;
 const FIRST_FD: RawFd = 10;
 /// The name under which the agent's end of the serial channel appears in the guest.
 const SERIAL_PORT: &str = "kata.agent.0";
-/// A file's end is a system call of QEMU that spawns, gains or changes what it must not.
+/// QEMU's own filter: it starts nothing, gains nothing, changes no limits.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 /// The host's vsock device.
 const VHOST_VSOCK: &str = "/dev/vhost-vsock";
@@ -56,7 +56,8 @@ impl CommandLine {
         line.machine(config, qemu_major);
         line.kernel(config, paths);
         line.sockets(config, sockets)?;
-        for index in 0..config.hotplug_ports {
+        let ports = if config.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
+        for index in 0..ports {
             line.option("-device", root_port(index));
         }
         for (index, nic) in std::mem::take(&mut config.nics).into_iter().enumerate() {
@@ -210,5 +211,100 @@ fn cpu(accelerator: Accelerator, qemu_major: u32) -> &'static str {
         (Accelerator::Kvm, _) => "host",
         (Accelerator::Tcg, 8..) => "max,-erms,-fsrm,-fsrs,-fzrm,-fsrc",
         (Accelerator::Tcg, _) => "max,-erms,-fsrm",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Mac;
+    use crate::qemu::sample_config;
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    /// The command line of this machine, and the numbers of what QEMU inherits.
+    fn line(mut config: VmConfig, qemu_major: u32) -> (Vec<String>, Vec<RawFd>) {
+        let paths = Paths {
+            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            kernel: "/kernel".into(),
+            initrd: "/initrd".into(),
+            firmware: Some("/firmware".into()),
+            share: "/share".into(),
+        };
+        let sockets = Sockets { qmp: null(), console: null(), agent: Some(null()) };
+        let line = CommandLine::new(&mut config, &paths, sockets, qemu_major).unwrap();
+        let args = line.args.into_iter().map(|arg| arg.into_string().unwrap()).collect();
+        (args, line.fds.into_iter().map(|(_, at)| at).collect())
+    }
+
+    fn value<'a>(args: &'a [String], name: &str) -> &'a str {
+        &args[args.iter().position(|arg| arg == name).unwrap() + 1]
+    }
+
+    #[test]
+    fn each_descriptor_is_inherited_once_and_named_once() {
+        let mut config = sample_config();
+        config.nics = (0..20).map(|n| Nic { tap: null(), mac: Mac([2, 0, 0, 0, 0, n]) }).collect();
+        config.share = Some(Share::VhostUserFs { socket: null(), tag: "tag".to_owned() });
+        let (args, fds) = line(config, 7);
+        let mut named: Vec<RawFd> = args
+            .iter()
+            .flat_map(|arg| arg.split(','))
+            .filter_map(|part| part.strip_prefix("fd=").and_then(|fd| fd.parse().ok()))
+            .collect();
+        named.sort();
+        assert_eq!(named, fds);
+        assert_eq!(fds.len(), 24);
+    }
+
+    #[test]
+    fn memory_is_shared_only_with_a_process_that_needs_it() {
+        let (args, _) = line(sample_config(), 7);
+        assert!(!args.iter().any(|arg| arg.contains("memory-backend")));
+        let mut config = sample_config();
+        config.share = Some(Share::VhostUserFs { socket: null(), tag: "tag".to_owned() });
+        let (args, _) = line(config, 7);
+        assert!(args.contains(&"memory-backend-memfd,id=memory,size=2048M,share=on".to_owned()));
+        assert!(value(&args, "-machine").contains("memory-backend=memory"));
+    }
+
+    #[test]
+    fn an_old_qemu_is_not_given_names_that_it_does_not_know() {
+        assert_eq!(value(&line(sample_config(), 7).0, "-cpu"), "max,-erms,-fsrm");
+        assert_eq!(
+            value(&line(sample_config(), 10).0, "-cpu"),
+            "max,-erms,-fsrm,-fsrs,-fzrm,-fsrc"
+        );
+    }
+
+    #[test]
+    fn processors_are_plugged_under_kvm_only() {
+        let mut config = sample_config();
+        assert_eq!(value(&line(sample_config(), 7).0, "-smp"), "1");
+        config.accelerator = Accelerator::Kvm;
+        let (args, _) = line(config, 7);
+        assert_eq!((value(&args, "-smp"), value(&args, "-cpu")), ("1,maxcpus=4", "host"));
+    }
+
+    #[test]
+    fn a_microvm_has_no_pci() {
+        let mut config = sample_config();
+        config.machine = Machine::Microvm;
+        config.nics = vec![Nic { tap: null(), mac: Mac([2; 6]) }];
+        let (args, _) = line(config, 7);
+        assert!(!args.iter().any(|arg| arg.contains("pci")), "{args:?}");
+    }
+
+    #[test]
+    fn root_ports_have_distinct_places() {
+        let ports: Vec<String> = (0..64).map(root_port).collect();
+        let mut places: Vec<&str> =
+            ports.iter().map(|port| port.split(',').nth(3).unwrap()).collect();
+        places.sort();
+        places.dedup();
+        assert_eq!(places.len(), 64);
+        assert_eq!(root_port(9), "pcie-root-port,id=port9,chassis=10,addr=0x11.1");
     }
 }

@@ -331,3 +331,67 @@ impl Hypervisor for Qemu {
         self.watch.exited()
     }
 }
+
+/// A machine for tests of what is made from its description.
+#[cfg(test)]
+pub(crate) fn sample_config() -> VmConfig {
+    VmConfig {
+        id: "test".to_owned(),
+        qemu: "/usr/bin/qemu-system-x86_64".into(),
+        firmware: None,
+        kernel: "/k/vmlinux".into(),
+        kernel_kind: crate::KernelKind::Tuned,
+        initrd: "/k/initrd".into(),
+        kernel_params: Vec::new(),
+        machine: Machine::Q35,
+        accelerator: Accelerator::Tcg,
+        tsc_khz: 1_000_000,
+        memory_mib: 2048,
+        vcpus: 1,
+        max_vcpus: 4,
+        nics: Vec::new(),
+        hotplug_ports: 2,
+        share: None,
+        channel: ChannelKind::Serial,
+        jail: true,
+        uid: 1000,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        assert!(check(&sample_config()).is_ok());
+        let changes: [fn(&mut VmConfig); 9] = [
+            |config| config.id = String::new(),
+            |config| config.id = "a,debug-threads=on".to_owned(),
+            |config| config.vcpus = 0,
+            |config| config.memory_mib = 1,
+            |config| config.hotplug_ports = 65,
+            |config| config.uid = 0,
+            |config| config.channel = ChannelKind::Vsock { cid: 2 },
+            |config| config.share = Some(Share::NineP { path: "/".into(), tag: "a,b".into() }),
+            |config| config.share = Some(Share::NineP { path: "/".into(), tag: String::new() }),
+        ];
+        for (index, change) in changes.into_iter().enumerate() {
+            let mut config = sample_config();
+            change(&mut config);
+            assert!(check(&config).is_err(), "change {index} was accepted");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_started_says_so() {
+        let mut vm = Qemu::new(sample_config());
+        assert!(matches!(vm.pause().await, Err(HypervisorError::State("not started"))));
+        assert!(matches!(vm.stop().await, Err(HypervisorError::State("not started"))));
+        assert_eq!((vm.pid(), vm.pids().len()), (0, 0));
+        assert_eq!(vm.exited().now(), None);
+        let exited = vm.exited();
+        drop(vm);
+        assert_eq!(exited.await.cause, "it was never started");
+    }
+}
