@@ -449,3 +449,112 @@ async fn killed_calls_end_the_process() {
         json!(["sh", "-c", "exec 2>/dev/null; mkdir /tmp/x; grep ^Seccomp: /proc/self/status"]);
     compare(&bundle, &config, &BOTH).await;
 }
+
+/// Reads what a terminal shows until its last user is gone.
+fn shown(master: std::os::fd::OwnedFd) -> String {
+    let mut text = Vec::new();
+    // The last read of a terminal that nobody has open fails.
+    let _ = std::io::Read::read_to_end(&mut std::fs::File::from(master), &mut text);
+    String::from_utf8_lossy(&text).replace('\r', "")
+}
+
+#[tokio::test]
+async fn terminal_is_the_containers_own_and_the_users() {
+    let bundle = Bundle::new();
+    let script = "tty; stty size; stat -c '%u %t' /dev/pts/0 /dev/console; echo through >/dev/tty; \
+        readlink /proc/self/fd/0 /proc/self/fd/1 /proc/self/fd/2; grep -o ' /dev/console .*devpts' /proc/self/mountinfo; \
+        echo console >/dev/console";
+    let mut config = bundle.config(script);
+    config["process"]["terminal"] = json!(true);
+    config["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [5]});
+    let id = machine::fresh_id().parse().unwrap();
+    let spec = config.to_string();
+    let (built, created) = machine::builder()
+        .create(&id, spec.as_bytes(), Default::default(), |_| Ok(()), Some((33, 77)))
+        .await
+        .unwrap();
+    let profile = created.profile();
+    let master = built.terminal_master.unwrap();
+    created.start().await.unwrap();
+    let text = shown(master);
+    let expected =
+        "/dev/pts/0\n33 77\n1000 88\n1000 88\nthrough\n/dev/pts/0\n/dev/pts/0\n/dev/pts/0\n";
+    assert!(text.starts_with(expected), "{text}");
+    assert!(text.contains("/dev/console rw") && text.ends_with("console\n"), "{text}");
+    assert_eq!(machine::wait(built.pid), 0);
+    drop(profile);
+}
+
+#[tokio::test]
+async fn exec_has_a_terminal_of_its_own() {
+    let bundle = Bundle::new();
+    let running = start(&bundle.config("sleep 100"), Default::default()).await.unwrap();
+    let process = json!({
+        "args": ["sh", "-c", "tty; stty size; echo $HOME"], "cwd": "/", "env": ["PATH=/bin"],
+        "terminal": true, "consoleSize": {"height": 5, "width": 6}
+    });
+    let built = machine::builder()
+        .exec(
+            running.pid,
+            &running.profile,
+            process.to_string().as_bytes(),
+            Default::default(),
+            |_| Ok(()),
+            None,
+        )
+        .await
+        .unwrap();
+    assert_eq!(shown(built.terminal_master.unwrap()), "/dev/pts/0\n5 6\n/root\n");
+    assert_eq!(machine::wait(built.pid), 0);
+    kill(&running);
+}
+
+#[tokio::test]
+async fn hostile_images_do_not_lead_mounts_outside() {
+    let bundle = Bundle::new();
+    let outside = bundle.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::remove_dir(bundle.root().join("dev")).unwrap();
+    std::os::unix::fs::symlink("../../../../outside", bundle.root().join("dev")).unwrap();
+    std::os::unix::fs::symlink(&outside, bundle.root().join("absolute")).unwrap();
+    let mut config = bundle.config("ls /dev/null && ls -d /absolute/deep");
+    let tmpfs = |to: &str| json!({"destination": to, "type": "tmpfs", "source": "tmpfs"});
+    add_mounts(&mut config, &[tmpfs("/absolute/deep")]);
+    let outcome = run(&config).await.unwrap();
+    assert_eq!((outcome.output.as_str(), outcome.code), ("/dev/null\n/absolute/deep\n", 0));
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+    // The kernel's file systems go to no place a link chooses.
+    std::fs::remove_dir(bundle.root().join("proc")).unwrap();
+    std::os::unix::fs::symlink("tmp", bundle.root().join("proc")).unwrap();
+    let error = run(&config).await.unwrap_err().to_string();
+    assert!(error.contains("must be mounted on ordinary directory"), "{error}");
+}
+
+#[tokio::test]
+async fn working_directory_is_checked_as_the_user() {
+    let bundle = Bundle::new();
+    let private = bundle.root().join("private");
+    std::fs::create_dir(&private).unwrap();
+    std::fs::set_permissions(&private, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+        .unwrap();
+    let mut config = bundle.config("pwd");
+    config["process"]["cwd"] = json!("/private");
+    config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    // Root could enter it, so it is entered, as with runc.
+    compare(&bundle, &config, &RUNC).await;
+    config["process"]["cwd"] = json!("/etc/passwd");
+    let error = run(&config).await.unwrap_err().to_string();
+    assert!(error.contains("not a directory"), "{error}");
+}
+
+#[tokio::test]
+async fn propagation_of_the_root_is_as_asked() {
+    let bundle = Bundle::new();
+    for (asked, shown) in [("private", ""), ("shared", "shared"), ("unbindable", "unbindable")] {
+        let script = "sed -nE 's/.* \\/ \\/ [^ ]* ([a-z]*).*- .*/\\1/p; s/.*rootfs \\/ [^ ]* ([a-z]*).*- .*/\\1/p' /proc/self/mountinfo";
+        let mut config = bundle.config(script);
+        config["linux"]["rootfsPropagation"] = json!(asked);
+        let outcome = run(&config).await.unwrap();
+        assert_eq!(outcome.output.trim(), shown, "{asked}");
+    }
+}
