@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -20,6 +20,14 @@ fn play(invocation: Invocation) -> i32 {
     let args: Value = serde_json::from_str(&invocation.args).unwrap();
     match args["do"].as_str().unwrap() {
         "report" => report(),
+        "write" => {
+            for text in ["one", "two"] {
+                // SAFETY: the test gives these descriptors, each to be used once.
+                let fd = unsafe { OwnedFd::from_raw_fd(args[text].as_i64().unwrap() as i32) };
+                File::from(fd).write_all(text.as_bytes()).unwrap();
+            }
+            0
+        }
         "exit" => args["code"].as_i64().unwrap() as i32,
         "sleep" => {
             std::thread::sleep(Duration::from_secs(60));
@@ -131,16 +139,12 @@ fn descriptors_may_swap_their_numbers() {
     let (mut from_first, first) = std::io::pipe().unwrap();
     let (mut from_second, second) = std::io::pipe().unwrap();
     let (at_first, at_second) = (first.as_raw_fd(), second.as_raw_fd());
-    let script = format!("echo 1 >&{at_second}; echo 2 >&{at_first}");
-    let child = Launch::program(Path::new("/bin/sh"), vec!["-c".into(), script.into()])
-        .fd(first.into(), at_second)
-        .fd(second.into(), at_first)
-        .spawn()
-        .unwrap();
+    let args = json!({"do": "write", "one": at_second, "two": at_first});
+    let child = role(args).fd(first.into(), at_second).fd(second.into(), at_first).spawn().unwrap();
     let (mut one, mut two) = (String::new(), String::new());
     from_first.read_to_string(&mut one).unwrap();
     from_second.read_to_string(&mut two).unwrap();
-    assert_eq!((one.trim(), two.trim()), ("1", "2"));
+    assert_eq!((one.as_str(), two.as_str()), ("one", "two"));
     assert!(runtime().block_on(child.wait()).unwrap().success());
 }
 
