@@ -9,7 +9,11 @@ fn main() {
         .inputs(["proto/agent.proto"])
         .include("proto")
         .rust_protobuf()
-        .customize(ttrpc_codegen::Customize { async_all: true, gen_mod: true, ..Default::default() })
+        .customize(ttrpc_codegen::Customize {
+            async_all: true,
+            gen_mod: true,
+            ..Default::default()
+        })
         .run()
         .unwrap_or_else(|error| panic!("cannot generate code from agent.proto: {error}"));
     // `include!` cannot take inner attributes: turn the generated files into plain modules.

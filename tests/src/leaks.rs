@@ -61,7 +61,10 @@ impl Snapshot {
 /// What Docker keeps by itself, and what is cached on purpose until the next boot.
 fn harmless(line: &str) -> bool {
     line == "link docker0"
-        || line == "file /run/kata-containers/host.json"
+        || matches!(
+            line,
+            "file /run/kata-containers/host.json" | "file /run/kata-containers/qemu.json"
+        )
         || line.starts_with("mount /run/docker/netns")
         || (line.starts_with("cgroup ")
             && !line[7..].trim_start_matches('/').contains("/kata-e2e-"))

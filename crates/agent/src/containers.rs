@@ -221,9 +221,11 @@ impl Containers {
         for storage in &request.storages {
             storages.push(storage::mount(storage).await?);
         }
+        tracing::debug!(container = %id, "storages are mounted");
         let spec = Spec::parse(&request.spec)?;
         let cgroup = self.cgroup(id, &spec)?;
         drop(spec);
+        tracing::debug!(container = %id, "cgroup is made");
         let wanted = request.stdio.unwrap_or_default();
         let (io, ends) = pipes(&wanted)?;
         let join = |pid| match &cgroup {
@@ -232,6 +234,7 @@ impl Containers {
         };
         let (built, created) =
             container::create(id, &request.spec, io, join, size(&wanted)).await?;
+        tracing::debug!(container = %id, pid = built.pid, "container is built");
         let stdio = Stdio::start(&self.streams, id, None, ends, built.terminal_master)
             .map_err(|error| AgentError::System("watch the process's output", error))?;
         let init = Process::watch(None, built.pid, stdio, &self.reaper, cgroup.as_deref());

@@ -1,5 +1,7 @@
 //! The reaper takes every child of its process, so it is tested in a process of its own.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::process::Command;
 use std::time::Duration;
 

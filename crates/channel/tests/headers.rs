@@ -1,5 +1,7 @@
 //! What the guest's end makes of the first bytes of a stream.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use kata_channel::Acceptor;
 use kata_protocol::{StreamHeader, StreamKind};
 use proptest::prelude::*;

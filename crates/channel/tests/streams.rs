@@ -1,5 +1,7 @@
 //! Both ends over a socket pair.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::Duration;
 
 use kata_channel::{Acceptor, ChannelError, CloseReason, HostChannel, Stream};

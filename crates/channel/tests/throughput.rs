@@ -1,5 +1,7 @@
 //! How fast one stream is over a socket pair; printed, with a floor that only a mistake misses.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::Instant;
 
 use kata_channel::{Acceptor, HostChannel};

@@ -143,9 +143,8 @@ impl Spec {
     }
 
     fn check(&self) -> Result<(), SpecError> {
-        let invalid = |field, problem: &str| {
-            Err(SpecError::Invalid { field, problem: problem.to_owned() })
-        };
+        let invalid =
+            |field, problem: &str| Err(SpecError::Invalid { field, problem: problem.to_owned() });
         if self.oci_version.is_empty() {
             return invalid("ociVersion", "is missing");
         }
@@ -175,10 +174,9 @@ impl Spec {
 
     /// The Linux part, or its default.
     pub fn linux(&self) -> std::borrow::Cow<'_, Linux> {
-        self.linux.as_ref().map_or_else(
-            || std::borrow::Cow::Owned(Linux::default()),
-            std::borrow::Cow::Borrowed,
-        )
+        self.linux
+            .as_ref()
+            .map_or_else(|| std::borrow::Cow::Owned(Linux::default()), std::borrow::Cow::Borrowed)
     }
 }
 

@@ -132,9 +132,8 @@ impl Process {
     }
 
     pub(crate) fn check(&self) -> Result<(), SpecError> {
-        let invalid = |field, problem: &str| {
-            Err(SpecError::Invalid { field, problem: problem.to_owned() })
-        };
+        let invalid =
+            |field, problem: &str| Err(SpecError::Invalid { field, problem: problem.to_owned() });
         if self.args.is_empty() || self.args.first().is_some_and(String::is_empty) {
             return invalid("process.args", "is empty: name the program to run");
         }

@@ -43,13 +43,29 @@ pub mod limits {
 }
 
 /// Messages and calls generated from `agent.proto`.
-#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, unused, non_snake_case, non_upper_case_globals)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    unused,
+    non_snake_case,
+    non_upper_case_globals
+)]
 pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
 /// The ttRPC client and server of `agent.proto`.
-#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, unused, non_snake_case, non_upper_case_globals)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    unused,
+    non_snake_case,
+    non_upper_case_globals
+)]
 pub mod agent_ttrpc {
     use super::agent;
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));

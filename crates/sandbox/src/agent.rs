@@ -265,10 +265,7 @@ impl Agent {
 
     /// Lets the guest write back what it holds, for at most `deadline`.
     pub(crate) async fn sync(&self, deadline: Duration) -> Result<(), SandboxError> {
-        self.client
-            .sync(context_of(deadline), &message::Empty::default())
-            .await
-            .map_err(failed)?;
+        self.client.sync(context_of(deadline), &message::Empty::default()).await.map_err(failed)?;
         Ok(())
     }
 }

@@ -1,15 +1,15 @@
 //! One container of a sandbox: its specification and its processes.
 
+use crate::SandboxError;
 use crate::agent::ProcessRef;
 use crate::process::{Process, lock};
-use crate::SandboxError;
 use kata_oci::{Hooks, Spec, State, Status};
 use kata_protocol::Id;
 use kata_storage::Plan;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// A bundle that was read and checked; nothing has been created for it yet.
 pub(crate) struct Bundle {
@@ -26,10 +26,9 @@ impl Bundle {
         let raw = std::fs::read(&config)
             .map_err(|source| SandboxError::Bundle { path: config, source })?;
         let spec = Spec::parse(&raw)?;
-        let path = path.canonicalize().map_err(|source| SandboxError::Bundle {
-            path: path.to_owned(),
-            source,
-        })?;
+        let path = path
+            .canonicalize()
+            .map_err(|source| SandboxError::Bundle { path: path.to_owned(), source })?;
         let plan = kata_storage::plan(id, &path, &raw, &spec)?;
         Ok(Self { id: id.clone(), path, spec, plan })
     }
@@ -117,13 +116,7 @@ impl Container {
 }
 
 /// The state that hooks read.
-pub(crate) fn hook_state(
-    id: &Id,
-    bundle: &Path,
-    spec: &Spec,
-    status: Status,
-    pid: i32,
-) -> State {
+pub(crate) fn hook_state(id: &Id, bundle: &Path, spec: &Spec, status: Status, pid: i32) -> State {
     State {
         oci_version: spec.oci_version.clone(),
         id: id.to_string(),

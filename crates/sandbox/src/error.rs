@@ -44,7 +44,9 @@ pub enum SandboxError {
     Lost(String),
     #[error("the guest does not answer within {waited:?}: {console}")]
     Silent { waited: Duration, console: String },
-    #[error("the guest's agent speaks version {guest} of the protocol, this runtime {host}: install matching guest assets")]
+    #[error(
+        "the guest's agent speaks version {guest} of the protocol, this runtime {host}: install matching guest assets"
+    )]
     Version { guest: u32, host: u32 },
     #[error("container {0} does not exist")]
     NoContainer(String),

@@ -90,13 +90,17 @@ mod tests {
 
     #[tokio::test]
     async fn hook_reads_the_state_and_sees_only_its_environment() {
-        let hook = shell(r#"read state; test "$KEY" = value && echo "$state" | grep -q '"id":"c1"'"#, None);
+        let hook = shell(
+            r#"read state; test "$KEY" = value && echo "$state" | grep -q '"id":"c1"'"#,
+            None,
+        );
         run("prestart", &[hook], &state()).await.unwrap();
     }
 
     #[tokio::test]
     async fn failing_hook_is_named_with_what_it_said() {
-        let error = run("prestart", &[shell("echo why >&2; exit 3", None)], &state()).await.unwrap_err();
+        let error =
+            run("prestart", &[shell("echo why >&2; exit 3", None)], &state()).await.unwrap_err();
         let text = error.to_string();
         assert!(text.contains("/bin/sh") && text.contains("why") && text.contains('3'), "{text}");
     }

@@ -83,7 +83,8 @@ impl Machine {
         let model = vm_config::network_model(&config);
         let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
         let nics = network.as_mut().map(Network::add_spare).transpose()?;
-        let (devices, share) = DevicesProcess::spawn(boot.dir.path(), devices_options(&boot, &config)?)?;
+        let (devices, share) =
+            DevicesProcess::spawn(boot.dir.path(), devices_options(&boot, &config)?)?;
         lock(state).record_process(devices.child().pid(), "devices process")?;
         stages.mark("devices process started");
 

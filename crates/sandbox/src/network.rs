@@ -5,7 +5,7 @@
 //! [`Network::sync`] joins what is new and says what the guest is to be told.
 
 use crate::SandboxError;
-use kata_network::{Attachment, Mac, Model, Netns, Tap, TAP_PREFIX};
+use kata_network::{Attachment, Mac, Model, Netns, TAP_PREFIX, Tap};
 use kata_protocol::{agent, limits};
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -38,7 +38,14 @@ pub(crate) struct Change {
 
 impl Network {
     pub(crate) fn new(netns: Netns, model: Model) -> Self {
-        Self { netns: Arc::new(netns), model, spare: VecDeque::new(), joined: Vec::new(), made: 0, told: None }
+        Self {
+            netns: Arc::new(netns),
+            model,
+            spare: VecDeque::new(),
+            joined: Vec::new(),
+            made: 0,
+            told: None,
+        }
     }
 
     pub(crate) fn netns(&self) -> Arc<Netns> {

@@ -214,8 +214,7 @@ impl Sandbox {
             machine.adopt(pid)?;
             lock(&self.state).record_process(pid, "stand-in")?;
         }
-        let state =
-            hook_state(&bundle.id, &bundle.path, &bundle.spec, Status::Creating, pid);
+        let state = hook_state(&bundle.id, &bundle.path, &bundle.spec, Status::Creating, pid);
         let hooks = bundle.hooks();
         let prepare = async {
             machine.attach(&bundle.plan.attachments)?;
@@ -230,12 +229,9 @@ impl Sandbox {
         let reference = ProcessRef { container: bundle.id.clone(), exec: None };
         let process = Process::new(reference, pid, &request.stdio);
         let streams = std::mem::take(&mut request.stdio.streams);
-        process
-            .set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
+        process.set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
         let spec = bundle.plan.spec.clone();
-        machine
-            .call(machine.agent().create(&bundle.id, spec, message, network))
-            .await?;
+        machine.call(machine.agent().create(&bundle.id, spec, message, network)).await?;
         machine.mark("container created");
         let container = Arc::new(Container::new(bundle, process));
         self.follow(machine, &container, Arc::clone(&container.init));

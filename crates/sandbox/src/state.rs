@@ -145,18 +145,17 @@ fn end_process(pid: i32, started: u64, role: &str) -> Result<(), SandboxError> {
         Some(&rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 }),
     );
     match gone {
-        Ok(0) | Err(_) => Err(SandboxError::Stuck {
-            pid,
-            role: role.to_owned(),
-            waited: Duration::from_secs(5),
-        }),
+        Ok(0) | Err(_) => {
+            Err(SandboxError::Stuck { pid, role: role.to_owned(), waited: Duration::from_secs(5) })
+        }
         Ok(_) => Ok(()),
     }
 }
 
 /// When a process started; none when there is none of this pid.
 pub fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    let stat =
+        std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
     // The second field is a name in parentheses that may hold anything.
     let fields = stat.rsplit_once(')')?.1;
     let mut fields = fields.split_ascii_whitespace();

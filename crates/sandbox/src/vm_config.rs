@@ -5,7 +5,9 @@ use kata_config::{
     Accelerator, Channel, FsCache, Machine, NetworkModel, SandboxConfig, SharedFs, Sizing,
 };
 use kata_devices::Cache;
-use kata_hypervisor::{AcceleratorChoice, ChannelKind, KernelKind, Nic, Share, VmConfig, accelerator};
+use kata_hypervisor::{
+    AcceleratorChoice, ChannelKind, KernelKind, Nic, Share, VmConfig, accelerator,
+};
 use kata_network::{Mac, Model};
 use kata_protocol::{Id, SHARE_TAG};
 use std::os::fd::OwnedFd;

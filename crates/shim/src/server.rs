@@ -49,9 +49,8 @@ async fn serve(args: &ServerArgs, task: OwnedFd, attach: OwnedFd) -> anyhow::Res
     tokio::spawn(Arc::clone(&stand_ins).serve(attach, Arc::clone(&sandbox)));
     let over = Arc::new(Notify::new());
     let service = TaskService::new(sandbox, stand_ins, Arc::clone(&over));
-    let mut server = Server::new()
-        .add_listener(listener(task)?)
-        .register_service(services(Arc::new(service)));
+    let mut server =
+        Server::new().add_listener(listener(task)?).register_service(services(Arc::new(service)));
     server.start().await.context("cannot serve the task API")?;
     over.notified().await;
     // The answer to Shutdown is on its way: let it out.

@@ -90,11 +90,7 @@ impl StandIns {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn converse(
-        &self,
-        connection: Connection,
-        sandbox: &Arc<Sandbox>,
-    ) -> anyhow::Result<()> {
+    async fn converse(&self, connection: Connection, sandbox: &Arc<Sandbox>) -> anyhow::Result<()> {
         let (process, bound) = match self.welcome(&connection).await {
             Ok(welcomed) => welcomed,
             Err(error) => {
@@ -173,9 +169,7 @@ async fn stand(
             break;
         };
         let done = match serde_json::from_slice(&bytes).context("its packet is not known")? {
-            ToServer::Signal(signal) => {
-                sandbox.kill(process, signal.unsigned_abs(), false).await
-            }
+            ToServer::Signal(signal) => sandbox.kill(process, signal.unsigned_abs(), false).await,
             ToServer::Resize { rows, columns } => {
                 sandbox.resize(process, rows.into(), columns.into()).await
             }
@@ -248,8 +242,7 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<Connection> {
     loop {
         let mut ready = listener.readable().await?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let accepted =
-            ready.try_io(|fd| Ok(rustix::net::accept_with(fd.get_ref(), flags)?));
+        let accepted = ready.try_io(|fd| Ok(rustix::net::accept_with(fd.get_ref(), flags)?));
         if let Ok(result) = accepted {
             return Ok(Connection(watch_fd(result?)?));
         }

@@ -54,11 +54,10 @@ impl TaskService {
             systemd_cgroup: options.systemd_cgroup,
         };
         if !options.stand_in {
-            create.stdio = crate::stdio::open(request.terminal, StdioPaths {
-                stdin: request.stdin,
-                stdout: request.stdout,
-                stderr: request.stderr,
-            })
+            create.stdio = crate::stdio::open(
+                request.terminal,
+                StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr },
+            )
             .map_err(|error| refused(&error))?;
             return answer(self.sandbox.create(create).await.map(pid));
         }
@@ -79,11 +78,10 @@ impl TaskService {
         let process = process(&request.id, &request.exec_id)?;
         let spec = request.spec.get_or_default().value.clone();
         if !self.with_stand_ins().contains(&process.container) {
-            let stdio = crate::stdio::open(request.terminal, StdioPaths {
-                stdin: request.stdin,
-                stdout: request.stdout,
-                stderr: request.stderr,
-            })
+            let stdio = crate::stdio::open(
+                request.terminal,
+                StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr },
+            )
             .map_err(|error| refused(&error))?;
             return answer(self.sandbox.exec(&process, spec, stdio, None).map(|()| empty()));
         }
@@ -140,11 +138,7 @@ impl Task for TaskService {
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
-    async fn exec(
-        &self,
-        _: &TtrpcContext,
-        request: api::ExecProcessRequest,
-    ) -> Answer<api::Empty> {
+    async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> Answer<api::Empty> {
         self.add_exec(request).await
     }
 
@@ -294,9 +288,10 @@ fn pid(pid: i32) -> u32 {
 }
 
 fn exited_at(exit: Exit) -> Timestamp {
-    let since = exit.at.duration_since(UNIX_EPOCH).unwrap_or_else(|_| {
-        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
-    });
+    let since = exit
+        .at
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_else(|_| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
     Timestamp {
         seconds: since.as_secs().cast_signed(),
         nanos: since.subsec_nanos().cast_signed(),

@@ -69,12 +69,7 @@ pub enum StorageError {
 ///
 /// # Errors
 /// [`StorageError`] when a path does not exist or cannot be shared with a VM.
-pub fn plan(
-    container: &Id,
-    bundle: &Path,
-    raw: &[u8],
-    spec: &Spec,
-) -> Result<Plan, StorageError> {
+pub fn plan(container: &Id, bundle: &Path, raw: &[u8], spec: &Spec) -> Result<Plan, StorageError> {
     refuse_what_no_vm_can_have(spec)?;
     let mut guest: Value = serde_json::from_slice(raw)?;
     let mut attachments = Vec::new();
@@ -129,7 +124,7 @@ fn refuse_what_no_vm_can_have(spec: &Spec) -> Result<(), StorageError> {
             );
         }
     }
-    for device in &linux.devices {
+    for device in linux.devices.iter().filter(|_| !may_use_every_device(spec)) {
         if !volume::guest_has_device(&device.kind, device.major, device.minor) {
             return unsupported(
                 format!("the device {}", device.path.display()),
@@ -141,6 +136,18 @@ fn refuse_what_no_vm_can_have(spec: &Spec) -> Result<(), StorageError> {
     Ok(())
 }
 
+/// Whether the engine lets the container use every device (`--privileged`). It then names
+/// all that the host has, and means all that there are.
+fn may_use_every_device(spec: &Spec) -> bool {
+    let linux = spec.linux();
+    let rules = linux.resources.as_ref().map(|resources| resources.devices.as_slice());
+    let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    rules.unwrap_or_default().iter().any(|rule| {
+        let every_kind = rule.kind.as_deref().is_none_or(|kind| kind == "a" || kind.is_empty());
+        rule.allow && every_kind && any(rule.major) && any(rule.minor)
+    })
+}
+
 /// Takes out of the guest's `config.json` what only means something on the host.
 fn leave_out_what_is_the_hosts(container: &Id, guest: &mut Value) {
     if let Some(hooks) = guest.get_mut("hooks").and_then(Value::as_object_mut) {
@@ -149,6 +156,13 @@ fn leave_out_what_is_the_hosts(container: &Id, guest: &mut Value) {
     let Some(linux) = guest.get_mut("linux").and_then(Value::as_object_mut) else { return };
     linux.insert("cgroupsPath".to_owned(), json!(format!("/kata/{container}")));
     linux.remove("intelRdt");
+    if let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) {
+        let number = |device: &Value, name: &str| device[name].as_i64().unwrap_or(-1);
+        devices.retain(|device| {
+            let kind = device["type"].as_str().unwrap_or_default();
+            volume::guest_has_device(kind, number(device, "major"), number(device, "minor"))
+        });
+    }
     let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) else {
         return;
     };
@@ -207,11 +221,9 @@ mod tests {
 
     #[test]
     fn missing_bind_source_is_named() {
-        let error = planned(
-            r#""mounts":[{"destination":"/v","type":"bind","source":"/no/such"}]"#,
-            |_| {},
-        )
-        .unwrap_err();
+        let error =
+            planned(r#""mounts":[{"destination":"/v","type":"bind","source":"/no/such"}]"#, |_| {})
+                .unwrap_err();
         assert!(error.to_string().contains("/no/such"), "{error}");
     }
 
@@ -230,12 +242,24 @@ mod tests {
     }
 
     #[test]
+    fn privileged_container_gets_the_devices_that_the_guest_has() {
+        let devices = r#""devices":[{"type":"c","path":"/dev/fuse","major":10,"minor":229},
+            {"type":"b","path":"/dev/vda","major":254,"minor":0}]"#;
+        let rule = r#""resources":{"devices":[{"allow":true,"access":"rwm"}]}"#;
+        let privileged = format!(r#""linux":{{{devices},{rule}}}"#);
+        let guest: Value =
+            serde_json::from_slice(&planned(&privileged, |_| {}).unwrap().spec).unwrap();
+        assert_eq!(guest["linux"]["devices"].as_array().unwrap().len(), 1);
+        let asked_for = format!(r#""linux":{{{devices}}}"#);
+        let error = planned(&asked_for, |_| {}).unwrap_err().to_string();
+        assert!(error.contains("/dev/vda"), "{error}");
+    }
+
+    #[test]
     fn joining_a_host_pid_namespace_is_refused() {
-        let error = planned(
-            r#""linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}"#,
-            |_| {},
-        )
-        .unwrap_err();
+        let error =
+            planned(r#""linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}"#, |_| {})
+                .unwrap_err();
         assert!(error.to_string().contains("one pod"), "{error}");
     }
 }

@@ -63,10 +63,11 @@ impl Volume {
         };
         let source = named.canonicalize().map_err(missing)?;
         let kind = std::fs::metadata(&source).map_err(missing)?.file_type();
-        if mount.destination == Path::new("/dev/shm") && kind.is_dir() {
-            if let Some(size) = tmpfs_size(&source) {
-                return Ok(Self::SharedMemory { size });
-            }
+        if mount.destination == Path::new("/dev/shm")
+            && kind.is_dir()
+            && let Some(size) = tmpfs_size(&source)
+        {
+            return Ok(Self::SharedMemory { size });
         }
         if kind.is_char_device() || kind.is_block_device() || source == Path::new("/dev") {
             // The guest's own nodes: a host's device number means nothing there.

@@ -244,8 +244,8 @@ fn panic_of_the_guest_shows_its_console(oci: &Oci) -> Result<()> {
     let stand_in = bundle.pid()?;
     command::eventually("the stand-in ends", Duration::from_secs(30), || Ok(!alive(stand_in)))?;
     ensure!(bundle.state()?["status"] == "stopped");
-    let log =
-        fs::read_to_string(format!("/run/kata-containers/{}/server.log", bundle.id)).unwrap_or_default();
+    let log = fs::read_to_string(format!("/run/kata-containers/{}/server.log", bundle.id))
+        .unwrap_or_default();
     ensure!(
         log.contains("sysrq triggered crash") || log.contains("Kernel panic"),
         "the log says: {log}"

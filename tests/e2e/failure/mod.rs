@@ -23,7 +23,8 @@ pub fn trials() -> Vec<Trial<Oci>> {
 fn missing_bundle_is_named(oci: &Oci) -> Result<()> {
     let output = oci.cmd("create --bundle /no/such/bundle x1")?.expect_code(1)?;
     ensure!(
-        output.err().contains("/no/such/bundle") && output.err().contains("no such file"),
+        output.err().contains("/no/such/bundle")
+            && output.err().to_lowercase().contains("no such file"),
         "{output}"
     );
     Ok(())

@@ -1,6 +1,8 @@
 //! The host's side for tests: the real agent as a process, a container of busybox, and
 //! the calls and streams that the sandbox server would use.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests are tests
+
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
