@@ -233,8 +233,13 @@ async fn exec_is_as_runcs() {
     let bundle = Bundle::new();
     let mut config = bundle.config("sleep 100");
     config["process"]["noNewPrivileges"] = json!(true);
+    config["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"}]
+    });
     let running = start(&config, Default::default()).await.unwrap();
-    let script = format!("{PROCESS}; {MOUNTS}; ls -1 /proc | grep -c '^1$'");
+    let script =
+        format!("{PROCESS}; {MOUNTS}; ls -1 /proc | grep -c '^1$'; mkdir /tmp/x 2>/dev/null || echo no");
     let process = json!({
         "args": ["sh", "-c", script], "cwd": "/tmp", "env": ["PATH=/bin", "A=b"],
         "user": {"uid": 1000, "gid": 7, "additionalGids": [3]},
@@ -462,7 +467,7 @@ fn shown(master: std::os::fd::OwnedFd) -> String {
 async fn terminal_is_the_containers_own_and_the_users() {
     let bundle = Bundle::new();
     let script = "tty; stty size; stat -c '%u %t' /dev/pts/0 /dev/console; echo through >/dev/tty; \
-        readlink /proc/self/fd/0 /proc/self/fd/1 /proc/self/fd/2; grep -o ' /dev/console .*devpts' /proc/self/mountinfo; \
+        for n in 0 1 2; do readlink /proc/self/fd/$n; done; grep -o ' /dev/console .*devpts' /proc/self/mountinfo; \
         echo console >/dev/console";
     let mut config = bundle.config(script);
     config["process"]["terminal"] = json!(true);
@@ -528,6 +533,24 @@ async fn hostile_images_do_not_lead_mounts_outside() {
     std::os::unix::fs::symlink("tmp", bundle.root().join("proc")).unwrap();
     let error = run(&config).await.unwrap_err().to_string();
     assert!(error.contains("must be mounted on ordinary directory"), "{error}");
+}
+
+#[tokio::test]
+async fn cgroup_mounts_show_the_containers_own_hierarchy() {
+    let bundle = Bundle::new();
+    let mut config = bundle.config(
+        "ls /sys/fs/cgroup/cgroup.procs; cat /proc/self/cgroup | grep ^0; touch /sys/fs/cgroup/x; \
+         grep -o 'cgroup r[ow],nosuid.* - cgroup2' /proc/self/mountinfo",
+    );
+    config["linux"]["namespaces"].as_array_mut().unwrap().retain(|n| n["type"] != "cgroup");
+    add_mounts(
+        &mut config,
+        &[json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+                 "options": ["ro", "nosuid", "noexec", "nodev"]})],
+    );
+    let output = run(&config).await.unwrap().output;
+    assert!(output.starts_with("/sys/fs/cgroup/cgroup.procs\n0::/\n"), "{output}");
+    assert!(output.contains("Read-only") && output.ends_with("- cgroup2\n"), "{output}");
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use rustix::fs::{
     unlinkat,
 };
 use rustix::io::Errno;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Devices every container has: name, major, minor.
@@ -121,19 +121,24 @@ fn make_bind(inside: &Inside, path: &Path) -> Step {
     let what = || format!("bind the guest's device {} into the container", path.display());
     let target = inside.make_file(path).context(what)?;
     let none: Option<&str> = None;
-    mount(Some(path), &proc_path(std::os::fd::AsFd::as_fd(&target)), none, MsFlags::MS_BIND, none)
-        .context(what)
+    mount(Some(path), &proc_path(target.as_fd()), none, MsFlags::MS_BIND, none).context(what)
 }
 
 /// The container's null device if it is one, else the guest's.
 pub(super) fn null(inside: &Inside) -> Step<OwnedFd> {
-    if let Ok(handle) = inside.handle(Path::new("/dev/null")) {
-        let stat = fs::fstat(&handle).context(|| "look at /dev/null")?;
-        let device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
-        if device && stat.st_rdev == makedev(1, 3) {
-            return Ok(handle);
-        }
+    if let Ok(handle) = inside.handle(Path::new("/dev/null"))
+        && is_null(handle.as_fd())
+    {
+        return Ok(handle);
     }
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     fs::openat(CWD, "/dev/null", flags, Mode::empty()).context(|| "open /dev/null of the guest")
+}
+
+/// Whether a descriptor is of the null device.
+pub(super) fn is_null(fd: BorrowedFd<'_>) -> bool {
+    fs::fstat(fd).is_ok_and(|stat| {
+        let device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+        device && stat.st_rdev == makedev(1, 3)
+    })
 }

@@ -3,8 +3,11 @@
 use super::failure::{Context, Failure, Step};
 use kata_oci::{Hook, Spec, State, Status};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -38,8 +41,13 @@ pub(super) fn run(id: &str, spec: &Spec) -> Step {
 
 fn run_one(hook: &Hook, state: &[u8]) -> Step {
     let shown = hook.path.display();
+    // Files, not pipes: a hook that does not read, or says much, blocks nobody.
+    let mut input = File::from(memory("state")?);
+    input.write_all(state).and_then(|()| input.rewind()).context(|| "write the state for hooks")?;
+    let mut said = File::from(memory("stderr")?);
+    let output = said.try_clone().context(|| "make a file for the hook's errors")?;
     let mut command = Command::new(&hook.path);
-    command.env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.env_clear().stdin(input).stdout(Stdio::null()).stderr(output);
     if let Some((first, rest)) = hook.args.split_first() {
         command.arg0(first).args(rest);
     }
@@ -49,10 +57,6 @@ fn run_one(hook: &Hook, state: &[u8]) -> Step {
         }
     }
     let mut child = command.spawn().context(|| format!("start {shown}"))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook need not read its state; a state fits the pipe or the hook reads it.
-        let _ = stdin.write_all(state);
-    }
     if !ends_in_time(&child, hook.timeout)? {
         let _ = child.kill();
         let _ = child.wait();
@@ -63,13 +67,15 @@ fn run_one(hook: &Hook, state: &[u8]) -> Step {
         return Ok(());
     }
     let mut complaint = Vec::new();
-    if let Some(stderr) = child.stderr.take() {
-        // What a child of the hook still writes is not waited for.
-        let _ = rustix::io::ioctl_fionbio(&stderr, true);
-        let _ = stderr.take(MAX_COMPLAINT).read_to_end(&mut complaint);
-    }
+    said.rewind()
+        .and_then(|()| said.take(MAX_COMPLAINT).read_to_end(&mut complaint))
+        .context(|| format!("read what {shown} said"))?;
     let complaint = String::from_utf8_lossy(&complaint);
     Err(Failure::setup(format!("{shown}: {status}, stderr: {}", complaint.trim_end())))
+}
+
+fn memory(name: &str) -> Step<OwnedFd> {
+    memfd_create(name, MemfdFlags::CLOEXEC).context(|| format!("make a file for the hook's {name}"))
 }
 
 fn ends_in_time(child: &Child, timeout: Option<u32>) -> Step<bool> {
@@ -108,6 +114,13 @@ mod tests {
     fn failed_hook_says_why() {
         let failure = run_one(&hook("echo why >&2; exit 3", Some(5)), b"").unwrap_err();
         assert!(failure.text.contains("exit status: 3, stderr: why"), "{}", failure.text);
+    }
+
+    #[test]
+    fn hook_that_reads_nothing_and_says_much_blocks_nobody() {
+        let script = "head -c 1000000 /dev/zero >&2; exit 1";
+        let failure = run_one(&hook(script, Some(20)), &[b' '; 1 << 20]).unwrap_err();
+        assert!(failure.text.contains("exit status: 1"));
     }
 
     #[test]

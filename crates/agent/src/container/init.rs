@@ -10,7 +10,7 @@ use super::labels::Labels;
 use super::wire::{Channel, Config, FdRole, ToAgent, ToInit};
 use super::{devices, hooks, mounts, namespaces, process, rootfs, sysctl, terminal};
 use rustix::fs::{CWD, Mode, OFlags, openat};
-use rustix::process::{setsid, umask};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior, setsid, umask};
 use rustix::thread::{set_keep_capabilities, set_no_new_privs};
 use std::ffi::CString;
 use std::io;
@@ -39,11 +39,11 @@ pub fn init_main() -> ! {
     unsafe { libc::_exit(1) }
 }
 
-/// Descriptors from the agent.
-#[derive(Default)]
+/// Descriptors from the agent, and the guest's null device.
 struct Received {
     streams: [Option<OwnedFd>; 3],
     target: Option<OwnedFd>,
+    null: OwnedFd,
 }
 
 fn run(channel: &Channel) -> Step<std::convert::Infallible> {
@@ -51,7 +51,9 @@ fn run(channel: &Channel) -> Step<std::convert::Infallible> {
     let ToInit::Config(config) = message else {
         return Err(Failure::setup("the agent sent no configuration"));
     };
-    let mut received = Received::default();
+    let null = openat(CWD, "/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .context(|| "open /dev/null of the guest")?;
+    let mut received = Received { streams: [None, None, None], target: None, null };
     for (role, fd) in config.fds.iter().zip(fds) {
         match role {
             FdRole::Stdin => received.streams[0] = Some(fd),
@@ -136,6 +138,8 @@ fn join(
     let Some(target) = received.target.take() else {
         return Err(Failure::setup("the agent named no container to join"));
     };
+    // Until it has become the program, the container's processes may not look into this one.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context(|| "hide from the container")?;
     namespaces::join(config, target.as_fd(), channel)?;
     drop(target);
     setsid().context(|| "start a session")?;
@@ -161,23 +165,23 @@ impl Received {
     /// Streams that nobody gave are the container's null device.
     fn complete(&mut self, inside: &Inside) -> Step {
         for stream in self.streams.iter_mut().filter(|stream| stream.is_none()) {
-            *stream = Some(open_null(inside)?);
+            *stream = Some(open_null(inside, &self.null)?);
         }
         Ok(())
     }
 }
 
-fn open_null(inside: &Inside) -> Step<OwnedFd> {
-    // Only once it is known to be no other file of the image.
-    let handle = devices::null(inside)?;
-    let path = super::inside::proc_path(handle.as_fd());
-    match openat(CWD, &path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(fd) => Ok(fd),
-        // In a joined container its own /proc is in the way, or there is none.
-        Err(_) => inside
-            .open(Path::new("/dev/null"), OFlags::RDWR | OFlags::NOCTTY)
-            .context(|| "open /dev/null of the container"),
+/// The container's null device if it is one, so that it shows under its own name, else
+/// the guest's. Nothing of a hostile `/dev` is waited for.
+fn open_null(inside: &Inside, of_guest: &OwnedFd) -> Step<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
+    if let Ok(fd) = inside.open(Path::new("/dev/null"), flags)
+        && devices::is_null(fd.as_fd())
+    {
+        rustix::fs::fcntl_setfl(&fd, OFlags::empty()).context(|| "open /dev/null")?;
+        return Ok(fd);
     }
+    of_guest.try_clone().context(|| "share /dev/null")
 }
 
 /// The last steps, the same for a container's first process and for an exec.

@@ -3,7 +3,7 @@
 use super::failure::{Context, Failure, FailureKind, Step, reason};
 use kata_oci::{IoPriority, Process, Rlimit, Scheduler};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, fchown, fstat, makedev, stat};
+use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, fchown, fstat, stat};
 use rustix::process::{Pid, Resource, prlimit};
 use std::ffi::CString;
 use std::fs::File;
@@ -69,8 +69,7 @@ pub(super) fn take_identity(process: &Process, stdio: [BorrowedFd<'_>; 3]) -> St
 
 fn give_to(fd: BorrowedFd<'_>, uid: u32) -> Step {
     let stat = fstat(fd).context(|| "look at a standard stream")?;
-    let device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
-    if stat.st_uid == uid || (device && stat.st_rdev == makedev(1, 3)) {
+    if stat.st_uid == uid || super::devices::is_null(fd) {
         return Ok(());
     }
     match fchown(fd, Some(rustix::fs::Uid::from_raw(uid)), None) {
