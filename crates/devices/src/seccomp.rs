@@ -76,16 +76,7 @@ fn allow_list(pid: u32) -> Result<BpfProgram, BackendError> {
     }
     // A panic ends the process with a signal to itself.
     rules.insert(libc::SYS_tgkill, vec![equal(0, pid as i32)?]);
-    // libcap-ng looks at all sets of capabilities before it changes one.
-    let is_ambient = [is(0, libc::PR_CAP_AMBIENT)?, is(1, libc::PR_CAP_AMBIENT_IS_SET)?];
-    let prctls = vec![
-        equal(0, libc::PR_SET_NAME)?,
-        equal(0, libc::PR_CAPBSET_READ)?,
-        equal(0, libc::PR_GET_SECUREBITS)?,
-        equal(0, libc::PR_GET_NO_NEW_PRIVS)?,
-        SeccompRule::new(is_ambient.into())?,
-    ];
-    rules.insert(libc::SYS_prctl, prctls);
+    rules.insert(libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME)?]);
     build(rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }
 
@@ -100,12 +91,9 @@ fn build(
 
 /// The lower half of argument `index` is `value`.
 fn equal(index: u8, value: i32) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(vec![is(index, value)?])
-}
-
-fn is(index: u8, value: i32) -> Result<SeccompCondition, BackendError> {
     let value = u64::from(value as u32);
-    SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+    let is = SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
+    SeccompRule::new(vec![is])
 }
 
 /// Of the bits `mask` in the lower half of argument `index` exactly `value` are set.
