@@ -238,8 +238,9 @@ async fn exec_is_as_runcs() {
         "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"}]
     });
     let running = start(&config, Default::default()).await.unwrap();
-    let script =
-        format!("{PROCESS}; {MOUNTS}; ls -1 /proc | grep -c '^1$'; mkdir /tmp/x 2>/dev/null || echo no");
+    let script = format!(
+        "{PROCESS}; {MOUNTS}; ls -1 /proc | grep -c '^1$'; mkdir /tmp/x 2>/dev/null || echo no"
+    );
     let process = json!({
         "args": ["sh", "-c", script], "cwd": "/tmp", "env": ["PATH=/bin", "A=b"],
         "user": {"uid": 1000, "gid": 7, "additionalGids": [3]},
