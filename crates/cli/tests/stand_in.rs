@@ -1,6 +1,8 @@
 //! The stand-in as a real process, against a server that the test plays. Needs root: the
 //! socket is where the real one would be, and network namespaces are made.
 
+#![allow(clippy::unwrap_used)]
+
 use kata_sandbox::SandboxDir;
 use kata_shim::attach::{Hello, MAX_PACKET, ToServer, ToStandIn};
 use nix::sys::socket::{
@@ -207,6 +209,23 @@ fn it_looks_like_the_process_it_stands_for() {
     assert_eq!(command, b"/bin/sleep\x001000\0");
     assert_eq!(fs::read_to_string(stand_in.proc("comm")).unwrap(), "sleep\n");
     assert_eq!(fs::read_dir(stand_in.proc("task")).unwrap().count(), 1, "it has one thread");
+    connection.say(&ToStandIn::Exit(0));
+    assert_eq!(stand_in.end().code(), Some(0));
+}
+
+#[test]
+fn it_costs_next_to_no_memory() {
+    let server = Server::new("memory");
+    let (stand_in, connection, ..) = standing(&server, json!("host"));
+    // It lets go of its code after it has said that it is ready, and after each signal.
+    stand_in.signal(libc::SIGUSR1);
+    assert_eq!(connection.message(), ToServer::Signal(libc::SIGUSR1));
+    std::thread::sleep(Duration::from_millis(100));
+    let rollup = fs::read_to_string(stand_in.proc("smaps_rollup")).unwrap();
+    let line = rollup.lines().find(|line| line.starts_with("Rss:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    // An unoptimised build is larger than the product, of which the benchmark takes the PSS.
+    assert!(kib <= 3072, "it takes {kib} KiB");
     connection.say(&ToStandIn::Exit(0));
     assert_eq!(stand_in.end().code(), Some(0));
 }

@@ -28,6 +28,9 @@ const READY_FD: RawFd = 3;
 /// What the parent reads from [`READY_FD`] when all went well; anything else is an error.
 const READY: &[u8] = b"ready";
 
+/// Bytes of a page of memory.
+const PAGE: usize = 4096;
+
 /// Exit code when the sandbox is lost: as if killed by SIGKILL.
 const LOST: i32 = 137;
 
@@ -84,6 +87,7 @@ pub fn main(args: &str) -> i32 {
             // The parent may have been killed; the container is started all the same.
             let _ = ready.write_all(READY);
             drop(ready);
+            shed_code();
             serve(&server, &signals, terminal)
         }
         Err(error) => {
@@ -167,6 +171,26 @@ fn let_go(terminal: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets go of the pages of our program that starting has touched; the few that waiting needs
+/// come back from the page cache. It halves what a stand-in costs.
+fn shed_code() {
+    unsafe extern "C" {
+        /// First byte of the program, by the linker.
+        static __executable_start: u8;
+        /// First byte behind its code.
+        static etext: u8;
+    }
+    // Only the addresses are used.
+    let start = (&raw const __executable_start).addr() & !(PAGE - 1);
+    let end = (&raw const etext).addr() & !(PAGE - 1);
+    // SAFETY: what lies between is mapped from our program and never written: read-only data
+    // and code, but not the relocated part, which comes behind. Dropped pages of such a
+    // mapping are read again when touched.
+    unsafe {
+        libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED);
+    }
+}
+
 /// Until the process ends: signals to the server, the exit code from it.
 fn serve(server: &Packets, signals: &SignalFd, terminal: bool) -> i32 {
     loop {
@@ -182,6 +206,7 @@ fn serve(server: &Packets, signals: &SignalFd, terminal: bool) -> i32 {
         let (from_server, from_kernel) = (readable(&ready[0]), readable(&ready[1]));
         if from_kernel {
             pass_on(server, signals, terminal);
+            shed_code();
         }
         if from_server {
             match server.receive() {
