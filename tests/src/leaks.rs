@@ -60,7 +60,7 @@ impl Snapshot {
 
 /// What Docker keeps by itself, and what is cached on purpose until the next boot.
 fn harmless(line: &str) -> bool {
-    line == "link docker0"
+    matches!(line, "link docker0" | "file /run/docker/netns/default")
         || matches!(
             line,
             "file /run/kata-containers/host.json" | "file /run/kata-containers/qemu.json"

@@ -345,10 +345,10 @@ impl Sandbox {
         let pid = stand_in.unwrap_or(container.init.pid);
         if stand_in.is_some() {
             lock(&self.state).record_process(pid, "stand-in")?;
-            if let Ok(slot) = self.machine.try_lock() {
-                if let Some(machine) = slot.as_ref() {
-                    machine.adopt(pid)?;
-                }
+            if let Ok(slot) = self.machine.try_lock()
+                && let Some(machine) = slot.as_ref()
+            {
+                machine.adopt(pid)?;
             }
         }
         container.add(exec, Process::pending(process.clone(), pid, spec, stdio))
