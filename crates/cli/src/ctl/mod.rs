@@ -44,6 +44,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Removes what our parent leaves behind.
+    #[command(name = workdir::KEEP, hide = true)]
+    Keep,
     /// Templates of virtual machines (not supported yet).
     Factory {
         /// Its arguments.
@@ -178,6 +181,7 @@ pub fn main(words: &[String]) -> u8 {
     let _ = log::start(None, Format::Text, level);
     let result = match &ctl.command {
         Command::Run(run) => run::run(run, ctl.config.as_deref()),
+        Command::Keep => workdir::keep(&workdir::global(ctl.config.as_deref())),
         Command::Check => crate::runtime::kata_check(ctl.config.as_deref()),
         Command::Env { json } => crate::runtime::kata_env(ctl.config.as_deref(), *json),
         Command::Factory { .. } => Err(anyhow!(

@@ -26,6 +26,7 @@ pub fn run(run: &Run, config: Option<&Path>) -> Result<u8> {
         let signals = Signals::take(Patience::Limited)?;
         workdir::sweep(&global).await;
         let workdir = Workdir::create(&id)?;
+        workdir::start_keeper(config)?;
         let (rootfs, image) = root_of(source, workdir.path())?;
         let network = connect(run, &id)?;
         let hostname =

@@ -1,13 +1,19 @@
 //! Where a `kata-ctl run` keeps its bundle, and how the next one removes what a killed one
 //! left: each run holds a lock on its directory, and a directory without one is nobody's.
+//! A keeper, a process that waits for the end of the run, sees to it at once.
 
 use crate::record::Root;
 use crate::runtime::{self, Global};
 use anyhow::{Context, Result};
+use kata_jail::Launch;
 use kata_protocol::Id;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -62,6 +68,40 @@ impl Drop for Workdir {
             tracing::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
+}
+
+/// Descriptor at which the keeper finds its parent's pidfd.
+const PARENT_FD: RawFd = 3;
+
+/// Hidden command that makes a process the keeper.
+pub const KEEP: &str = "keep";
+
+/// Starts the keeper of this process.
+pub fn start_keeper(config: Option<&Path>) -> Result<()> {
+    let parent = pidfd_open(getpid(), PidfdFlags::empty()).context("cannot watch ourselves")?;
+    let mut argv: Vec<OsString> = vec!["kata-ctl".into(), KEEP.into()];
+    if let Some(config) = config {
+        argv.extend(["--config".into(), config.as_os_str().to_owned()]);
+    }
+    Launch::program(Path::new("/proc/self/exe"), Vec::new())
+        .argv(argv)
+        .fd(parent, PARENT_FD)
+        .new_session()
+        .spawn()
+        .context("cannot start the keeper")?;
+    Ok(())
+}
+
+/// Plays the keeper: waits for the parent's end, and removes what it left.
+pub fn keep(global: &Global) -> Result<u8> {
+    // SAFETY: the parent opened this descriptor for the keeper alone.
+    let parent = unsafe { OwnedFd::from_raw_fd(PARENT_FD) };
+    let mut fds = [PollFd::new(&parent, PollFlags::IN)];
+    rustix::io::retry_on_intr(|| poll(&mut fds, None)).context("cannot wait for the parent")?;
+    runtime::block_on(async {
+        sweep(global).await;
+        Ok(0)
+    })
 }
 
 /// Removes what runs that were killed left behind.
