@@ -71,6 +71,8 @@ pub enum Order {
     Anywhere,
     /// No: what follows the first argument belongs to another program.
     First,
+    /// There are none: the verb takes whatever it is given, and says what it thinks of it.
+    Nowhere,
 }
 
 /// Why a command line is refused; the texts are Go's.
@@ -115,6 +117,7 @@ impl Parsed {
         let words = match order {
             Order::Anywhere => flags_first(flags, words),
             Order::First => words.to_vec(),
+            Order::Nowhere => return Ok(Self { args: words.to_vec(), ..Self::default() }),
         };
         let mut parsed = Self::default();
         let mut rest = words.into_iter();

@@ -100,6 +100,14 @@ fn podmans_and_buildahs_own_calls_are_understood() {
 }
 
 #[test]
+fn what_is_not_supported_says_so_whatever_flags_it_gets() {
+    let (_, verb, flags) = whole("restore --bundle /b --image-path /i --detach c1");
+    assert_eq!((verb, flags.args.len()), ("restore", 6));
+    assert_eq!(whole("checkpoint --leave-running c1").1, "checkpoint");
+    assert_eq!(whole("factory init --x").1, "factory");
+}
+
+#[test]
 fn every_flag_of_runc_is_known() {
     let runc = [
         ("create", "bundle b console-socket pid-file no-pivot no-new-keyring preserve-fds"),

@@ -114,6 +114,11 @@ const fn verb(
     Verb { name, usage, summary, flags, args, order: Order::Anywhere }
 }
 
+const fn unsupported(mut verb: Verb) -> Verb {
+    verb.order = Order::Nowhere;
+    verb
+}
+
 const fn flags_first(mut verb: Verb) -> Verb {
     verb.order = Order::First;
     verb
@@ -121,7 +126,7 @@ const fn flags_first(mut verb: Verb) -> Verb {
 
 /// All verbs.
 pub static VERBS: &[Verb] = &[
-    flags_first(verb("checkpoint", ID, "not supported", &[], ANY)),
+    unsupported(verb("checkpoint", ID, "not supported", &[], ANY)),
     verb("create", ID, "create a container", CREATE, ONE),
     verb(
         "delete",
@@ -170,7 +175,7 @@ pub static VERBS: &[Verb] = &[
         &[FORMAT],
         (1, None),
     )),
-    flags_first(verb("restore", ID, "not supported", &[], ANY)),
+    unsupported(verb("restore", ID, "not supported", &[], ANY)),
     verb("resume", ID, "resume all processes that have been previously paused", &[], ONE),
     verb("run", ID, "create and run a container", RUN, ONE),
     verb(
@@ -197,7 +202,7 @@ pub static VERBS: &[Verb] = &[
     verb("check", "", "the same as kata-check", &[switch("verbose", "").or("v")], ANY),
     verb("kata-env", "", "print the effective configuration", ENV, ANY),
     verb("env", "", "the same as kata-env", ENV, ANY),
-    flags_first(verb("factory", "", "not supported yet: virtual machine templates", &[], ANY)),
+    unsupported(verb("factory", "", "not supported yet: virtual machine templates", &[], ANY)),
 ];
 
 static ENV: &[Flag] = &[switch("json", "print JSON instead of TOML")];
