@@ -32,7 +32,7 @@ fn main() {
         "oom_score_adj": text("/proc/self/oom_score_adj"),
         "paths": paths(),
         "pid": std::process::id(),
-        "seccomp": refused_calls(),
+        "calls": calls(),
         "status": status(),
         "gid_map": text("/proc/self/gid_map"),
         "uid_map": text("/proc/self/uid_map"),
@@ -213,10 +213,10 @@ fn paths() -> BTreeMap<String, String> {
     found
 }
 
-/// System calls that a filter or a missing capability refuses with `EPERM`.
+/// How system calls end that a filter or a missing capability may refuse.
 ///
 /// Each is made with arguments that cannot succeed, so that only the refusal differs.
-fn refused_calls() -> BTreeMap<&'static str, bool> {
+fn calls() -> BTreeMap<&'static str, &'static str> {
     const BAD: libc::c_long = -1;
     let calls: [(&str, libc::c_long, [libc::c_long; 5]); 42] = [
         ("acct", libc::SYS_acct, [BAD, 0, 0, 0, 0]),
@@ -262,21 +262,27 @@ fn refused_calls() -> BTreeMap<&'static str, bool> {
         ("unshare_newns", libc::SYS_unshare, [0x0002_0000 | 0x1, 0, 0, 0, 0]),
         ("userfaultfd", libc::SYS_userfaultfd, [0xff, 0, 0, 0, 0]),
     ];
-    let mut refused = BTreeMap::new();
+    let mut ends = BTreeMap::new();
     for (name, number, [a, b, c, d, e]) in calls {
         // SAFETY: pointers among the arguments are invalid on purpose: the kernel answers EFAULT
         // or refuses earlier, and touches no memory of ours.
         let result = unsafe { libc::syscall(number, a, b, c, d, e) };
-        let error = std::io::Error::last_os_error().raw_os_error();
-        refused.insert(name, result == -1 && error == Some(libc::EPERM));
+        ends.insert(name, outcome(result == -1));
     }
-    refused.insert("chroot", refuses_chroot());
-    refused
+    ends.insert("chroot", chroot());
+    ends
 }
 
-fn refuses_chroot() -> bool {
-    let Ok(root) = CString::new("/") else { return false };
+fn outcome(failed: bool) -> &'static str {
+    match std::io::Error::last_os_error().raw_os_error() {
+        Some(libc::EPERM) if failed => "refused",
+        Some(libc::ENOSYS) if failed => "unknown",
+        _ => "reached",
+    }
+}
+
+fn chroot() -> &'static str {
+    let Ok(root) = CString::new("/") else { return "reached" };
     // SAFETY: the path is a valid C string; the new root is the old one.
-    let result = unsafe { libc::chroot(root.as_ptr()) };
-    result == -1 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
+    outcome(unsafe { libc::chroot(root.as_ptr()) } == -1)
 }
