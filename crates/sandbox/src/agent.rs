@@ -287,6 +287,8 @@ fn failed(error: ttrpc::Error) -> SandboxError {
         ttrpc::Error::RpcStatus(status) => {
             SandboxError::Agent { code: status.code(), message: printable(status.message()) }
         }
+        // ttRPC has no other way to tell it.
+        ttrpc::Error::Others(text) if text.contains("deadline") => SandboxError::Late,
         other => SandboxError::Lost(format!("a call to the agent failed: {other}")),
     }
 }

@@ -42,6 +42,8 @@ pub enum SandboxError {
     /// The virtual machine, or a process it cannot do without, is gone.
     #[error("the sandbox is lost: {0}")]
     Lost(String),
+    #[error("the guest's agent does not answer in time")]
+    Late,
     #[error("the guest does not answer within {waited:?}: {console}")]
     Silent { waited: Duration, console: String },
     #[error(
@@ -73,7 +75,7 @@ impl SandboxError {
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Spec(_) | Self::Id(_) | Self::Storage(_) => Code::INVALID_ARGUMENT,
             Self::Agent { code, .. } => *code,
-            Self::Lost(_) | Self::Silent { .. } => Code::UNAVAILABLE,
+            Self::Lost(_) | Self::Late | Self::Silent { .. } => Code::UNAVAILABLE,
             _ => Code::UNKNOWN,
         }
     }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
+use tokio::task::AbortHandle;
 
 use crate::SandboxError;
 
@@ -36,6 +37,7 @@ pub(crate) struct Relay {
     stdout: Option<watch::Receiver<Delivered>>,
     stderr: Option<watch::Receiver<Delivered>>,
     close_stdin: Arc<Notify>,
+    input: Option<AbortHandle>,
 }
 
 /// How far an output stream has come.
@@ -58,10 +60,12 @@ impl Relay {
             async move { channel.open(&header).await }
         };
         let close_stdin = Arc::new(Notify::new());
+        let mut input = None;
         if let Some(fd) = streams.stdin {
             let stream = open(StreamKind::Stdin).await?;
             let source = End::reader(fd).map_err(SandboxError::io("read the engine's stdin"))?;
-            tokio::spawn(relay_input(source, stream, Arc::clone(&close_stdin)));
+            let relay = tokio::spawn(relay_input(source, stream, Arc::clone(&close_stdin)));
+            input = Some(relay.abort_handle());
         }
         let mut relays = [None, None];
         let outputs = [(streams.stdout, StreamKind::Stdout), (streams.stderr, StreamKind::Stderr)];
@@ -74,12 +78,20 @@ impl Relay {
             *slot = Some(delivered);
         }
         let [stdout, stderr] = relays;
-        Ok(Self { stdout, stderr, close_stdin })
+        Ok(Self { stdout, stderr, close_stdin, input })
     }
 
     /// The process gets what is waiting in its input, and then end of file.
     pub(crate) fn close_stdin(&self) {
         self.close_stdin.notify_one();
+    }
+
+    /// The process has ended: lets go of the engine's input. Of a terminal, the engine's side
+    /// is told of the end only when nobody holds ours any more.
+    pub(crate) fn end_input(&self) {
+        if let Some(input) = &self.input {
+            input.abort();
+        }
     }
 
     /// Waits until so many bytes are with the engine, or the stream has ended.

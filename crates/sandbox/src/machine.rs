@@ -139,12 +139,15 @@ impl Machine {
 
         let (devices, lost) = (Arc::clone(&self.devices), self.lost.clone());
         tokio::spawn(async move {
-            let cause = match devices.child().wait().await {
+            let ended = devices.child().wait().await;
+            if ended.as_ref().is_ok_and(|status| status.success()) {
+                // It ends by itself only when the VMM has: that death is the cause to tell.
+                tokio::time::sleep(CAUSE).await;
+            }
+            let cause = match ended {
                 Ok(status) => format!("the devices process ended: {status}"),
                 Err(error) => format!("the devices process cannot be watched: {error}"),
             };
-            // The VMM's own death takes the devices process along; let that be told first.
-            tokio::time::sleep(Duration::from_millis(20)).await;
             tell(&lost, cause);
         });
 
@@ -226,7 +229,7 @@ impl Machine {
             };
             let guest = self.call(self.agent.connect(hello, self.patience)).await;
             let guest = guest.map_err(|error| match error {
-                SandboxError::Agent { code: ttrpc::Code::DEADLINE_EXCEEDED, .. } => {
+                SandboxError::Late => {
                     SandboxError::Silent { waited: self.patience, console: self.last_words() }
                 }
                 other => other,

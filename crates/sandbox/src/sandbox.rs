@@ -623,6 +623,7 @@ impl Sandbox {
                         container.set_oom_killed();
                     }
                     if let Some(relay) = process.relay() {
+                        relay.end_input();
                         tokio::select! {
                             () = relay.delivered(ended.stdout_bytes, ended.stderr_bytes) => {}
                             _cause = machine.lost() => {}
