@@ -14,7 +14,6 @@ IMAGER  := target/$(TARGET)/release/kata-guest-image
 AGENT   := target/guest/$(TARGET)/agent/kata-agent
 # Cargo decides what is out of date; make only orders the steps.
 LINKS   := kata-ctl kata-monitor containerd-shim-kata-v2
-SECONDS ?= 20
 
 bindir    := $(PREFIX)/bin
 assetdir  := $(PREFIX)/share/kata-containers
@@ -22,7 +21,7 @@ configdir := $(PREFIX)/share/defaults/kata-containers
 
 .DEFAULT_GOAL := all
 .PHONY: all help deps deps-check host agent guest kernel distro-guest tuned-guest install uninstall \
-        try test unit e2e e2e-runc bench fuzz fmt lint deny clean
+        try test unit e2e e2e-runc bench fmt lint deny clean
 
 all: deps-check host guest ## build the host binary, the agent and the guest images
 
@@ -96,9 +95,6 @@ e2e-runc: ## prove the end-to-end tests themselves, on runc
 
 bench: ## measure what SPECIFICATION.md promises
 	@scripts/bench
-
-fuzz: ## run each fuzz target for SECONDS (20)
-	@scripts/fuzz $(SECONDS)
 
 fmt:
 	$(CARGO) fmt --all
