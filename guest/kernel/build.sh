@@ -23,6 +23,7 @@ key=$({ dpkg-query -W -f '${Version}' linux-source-6.12; gcc -dumpfullversion
         cat "$here/guest.config" "$here/boot-hints.patch"; } | sha256sum | cut -c1-16)
 done_dir=$cache/$key
 mkdir -p "$out" "$cache"
+out=$(cd "$out" && pwd)
 
 # One build at a time: a second caller waits and then finds the result.
 exec 9>"$cache/lock"
