@@ -6,6 +6,7 @@
 mod ctl;
 mod docker;
 mod failure;
+mod podman;
 mod standalone;
 
 use std::path::Path;
@@ -18,6 +19,7 @@ use kata_e2e::assets;
 use kata_e2e::docker::Docker;
 use kata_e2e::leaks::Snapshot;
 use kata_e2e::oci::Oci;
+use kata_e2e::podman::Podman;
 use kata_e2e::runner::{On, Selection, Tally, Trial, guarded, run};
 
 fn main() -> ExitCode {
@@ -29,7 +31,10 @@ fn main() -> ExitCode {
         }
     };
     if selection.list {
-        list(&selection);
+        for runtime in ["runc", "kata-runtime"] {
+            Suites { selection: &selection, arena: None, tally: Tally::default() }
+                .all(runtime, Path::new(""));
+        }
         return ExitCode::SUCCESS;
     }
     arena::enter(&assets::scratch(), |arena| match suites(arena, &selection) {
@@ -45,78 +50,83 @@ fn main() -> ExitCode {
 }
 
 fn suites(arena: &Arena, selection: &Selection) -> Result<Tally> {
-    let mut tally = Tally::default();
+    let mut suites = Suites { selection, arena: Some(arena), tally: Tally::default() };
     let runtimes = assets::runtimes()?;
     let probe = assets::beside("kata-e2e-probe")?;
     if runtimes.contains(&"kata-runtime") {
         assets::install()?;
     }
     for runtime in runtimes {
-        let trials =
-            chosen(&format!("standalone/{runtime}"), standalone::trials(), selection, runtime);
-        suite(&mut tally, arena, &format!("standalone/{runtime}"), trials, selection, || {
-            Oci::new(arena, runtime, &probe)
-        });
-        let trials = chosen(&format!("docker/{runtime}"), docker::trials(), selection, runtime);
-        suite(&mut tally, arena, &format!("docker/{runtime}"), trials, selection, || {
-            Docker::start(arena, runtime, &probe)
-        });
-        let trials = chosen(&format!("failure/{runtime}"), failure::trials(), selection, runtime);
-        suite(&mut tally, arena, &format!("failure/{runtime}"), trials, selection, || {
-            Oci::new(arena, runtime, &probe)
-        });
-        let trials = chosen("kata-ctl", ctl::trials(), selection, runtime);
-        suite(&mut tally, arena, "kata-ctl", trials, selection, || {
-            Oci::new(arena, runtime, &probe)
-        });
+        suites.all(runtime, &probe);
         if runtime == "kata-runtime" && selection.takes("install/uninstall_undoes_install") {
             let began = Instant::now();
             let result = guarded(uninstall_undoes_install);
-            tally.note("install/uninstall_undoes_install", began.elapsed(), &result);
+            suites.tally.note("install/uninstall_undoes_install", began.elapsed(), &result);
         }
     }
-    Ok(tally)
+    Ok(suites.tally)
 }
 
-fn chosen<C>(
-    prefix: &str,
-    trials: Vec<Trial<C>>,
-    selection: &Selection,
-    runtime: &str,
-) -> Vec<Trial<C>> {
-    let wanted = |trial: &Trial<C>| {
-        selection.takes(&format!("{prefix}/{}", trial.name))
-            && (trial.on == On::Both || runtime != "runc")
-    };
-    trials.into_iter().filter(wanted).collect()
+/// What is run, or, without an arena, listed.
+struct Suites<'a> {
+    selection: &'a Selection,
+    arena: Option<&'a Arena>,
+    tally: Tally,
 }
 
-/// Sets the context up, runs the trials, tears down, and looks for what was left.
-fn suite<C: Sync>(
-    tally: &mut Tally,
-    arena: &Arena,
-    name: &str,
-    trials: Vec<Trial<C>>,
-    selection: &Selection,
-    start: impl FnOnce() -> Result<C>,
-) {
-    if trials.is_empty() {
-        return;
+impl Suites<'_> {
+    /// All suites that make sense on this runtime.
+    fn all(&mut self, runtime: &'static str, probe: &Path) {
+        let named = |suite: &str| format!("{suite}/{runtime}");
+        self.one(&named("standalone"), runtime, standalone::trials(), |arena| {
+            Oci::new(arena, runtime, probe)
+        });
+        self.one(&named("docker"), runtime, docker::trials(), |arena| {
+            Docker::start(arena, runtime, probe)
+        });
+        self.one(&named("podman"), runtime, podman::trials(), |arena| {
+            Podman::start(arena, runtime, probe)
+        });
+        self.one(&named("failure"), runtime, failure::trials(), |arena| {
+            Oci::new(arena, runtime, probe)
+        });
+        self.one("kata-ctl", runtime, ctl::trials(), |arena| Oci::new(arena, runtime, probe));
     }
-    let began = Instant::now();
-    let mut before = None;
-    let result = guarded(|| {
-        before = Some(Snapshot::take(arena)?);
-        let context = start()?;
-        *tally += run(name, trials, &context, selection.threads);
-        Ok(())
-    });
-    if result.is_err() {
-        tally.note(&format!("{name}/can_be_set_up"), began.elapsed(), &result);
+
+    /// Sets the context up, runs the trials, tears down, and looks for what was left.
+    fn one<C: Sync>(
+        &mut self,
+        name: &str,
+        runtime: &str,
+        mut trials: Vec<Trial<C>>,
+        start: impl FnOnce(&Arena) -> Result<C>,
+    ) {
+        trials.retain(|trial| {
+            self.selection.takes(&format!("{name}/{}", trial.name))
+                && (trial.on == On::Both || runtime != "runc")
+        });
+        let Some(arena) = self.arena else {
+            trials.iter().for_each(|trial| println!("{name}/{}", trial.name));
+            return;
+        };
+        if trials.is_empty() {
+            return;
+        }
+        let began = Instant::now();
+        let mut before = None;
+        let result = guarded(|| {
+            before = Some(Snapshot::take(arena)?);
+            let context = start(arena)?;
+            self.tally += run(name, trials, &context, self.selection.threads);
+            Ok(())
+        });
+        if result.is_err() {
+            self.tally.note(&format!("{name}/can_be_set_up"), began.elapsed(), &result);
+        }
+        let began = Instant::now();
+        let left = guarded(|| before.map_or(Ok(()), |before| before.expect_again(arena)));
+        self.tally.note(&format!("{name}/leaves_nothing_behind"), began.elapsed(), &left);
     }
-    let began = Instant::now();
-    let left = guarded(|| before.map_or(Ok(()), |before| before.expect_again(arena)));
-    tally.note(&format!("{name}/leaves_nothing_behind"), began.elapsed(), &left);
 }
 
 fn uninstall_undoes_install() -> Result<()> {
@@ -125,24 +135,4 @@ fn uninstall_undoes_install() -> Result<()> {
         anyhow::ensure!(!Path::new(path).exists(), "{path} is still there");
     }
     assets::install()
-}
-
-fn list(selection: &Selection) {
-    let standalone = standalone::trials().into_iter().map(|t| ("standalone", t.name, t.on));
-    let docker = docker::trials().into_iter().map(|t| ("docker", t.name, t.on));
-    let failure = failure::trials().into_iter().map(|t| ("failure", t.name, t.on));
-    for (suite, name, on) in standalone.chain(docker).chain(failure) {
-        for runtime in ["runc", "kata-runtime"] {
-            let full = format!("{suite}/{runtime}/{name}");
-            if (on == On::Both || runtime != "runc") && selection.takes(&full) {
-                println!("{full}");
-            }
-        }
-    }
-    for trial in ctl::trials() {
-        let full = format!("kata-ctl/{}", trial.name);
-        if selection.takes(&full) {
-            println!("{full}");
-        }
-    }
 }

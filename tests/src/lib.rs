@@ -4,7 +4,7 @@
 //! its own `/run`, `/etc` and `/usr`, so that a private Docker with its default names
 //! and addresses disturbs nothing, and the kernel itself removes every process, mount
 //! and interface when the arena ends, however it ends. Start reading at
-//! `e2e/main.rs`; [`runner`] says what a trial is, [`docker`] and [`oci`] are the two
+//! `e2e/main.rs`; [`runner`] says what a trial is, [`docker`], [`podman`] and [`oci`] are
 //! ways a container is driven, [`leaks`] compares the machine before and after.
 
 pub mod arena;
@@ -14,5 +14,6 @@ pub mod docker;
 pub mod images;
 pub mod leaks;
 pub mod oci;
+pub mod podman;
 pub mod pty;
 pub mod runner;
