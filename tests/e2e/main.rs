@@ -3,6 +3,7 @@
 //! Every scenario that runc can do runs on runc first, which proves the scenario; then on
 //! us. `KATA_E2E_RUNTIME=runc` stops after the proof.
 
+mod containerd;
 mod ctl;
 mod docker;
 mod failure;
@@ -16,6 +17,7 @@ use std::time::Instant;
 use anyhow::Result;
 use kata_e2e::arena::{self, Arena};
 use kata_e2e::assets;
+use kata_e2e::containerd::Containerd;
 use kata_e2e::docker::Docker;
 use kata_e2e::leaks::Snapshot;
 use kata_e2e::oci::Oci;
@@ -86,6 +88,9 @@ impl Suites<'_> {
         });
         self.one(&named("podman"), runtime, podman::trials(), |arena| {
             Podman::start(arena, runtime, probe)
+        });
+        self.one(&named("containerd"), runtime, containerd::trials(), |arena| {
+            Containerd::start(arena, runtime, probe, "")
         });
         self.one(&named("failure"), runtime, failure::trials(), |arena| {
             Oci::new(arena, runtime, probe)

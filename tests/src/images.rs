@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use serde_json::{Value, json};
 
 use crate::command;
 
@@ -52,6 +53,30 @@ pub fn archive(root: &Path, tar: &Path) -> Result<PathBuf> {
     builder.append_dir_all(".", root).with_context(|| format!("pack {}", root.display()))?;
     builder.finish()?;
     Ok(tar.to_owned())
+}
+
+/// Writes `root` as an image of one layer, as `docker save` would; `config` is what is in
+/// the image's `config` object.
+pub fn saved_image(root: &Path, tag: &str, config: &Value, out: &Path) -> Result<PathBuf> {
+    let layer = archive(root, &out.with_extension("layer"))?;
+    let digest = sha256(File::open(&layer)?)?;
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": config,
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+    });
+    let manifest = json!([{ "Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"] }]);
+    let mut builder = tar::Builder::new(File::create(out)?);
+    for (name, value) in [("config.json", config), ("manifest.json", manifest)] {
+        let bytes = serde_json::to_vec(&value)?;
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, &bytes[..])?;
+    }
+    builder.append_path_with_name(&layer, "layer.tar")?;
+    builder.finish()?;
+    fs::remove_file(layer)?;
+    Ok(out.to_owned())
 }
 
 /// SHA-256 of a reader's bytes, in hexadecimal.

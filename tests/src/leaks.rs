@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ impl Snapshot {
             let root = root.join(&arena.name);
             directories(&root, &mut |dir| seen.insert(format!("cgroup {}", dir.display())));
         }
-        for place in ["/run/kata-containers", "/run/runc", "/run/netns", "/run/docker/netns"] {
+        for place in PLACES {
             for entry in fs::read_dir(place).into_iter().flatten().flatten() {
                 seen.insert(format!("file {}", entry.path().display()));
             }
@@ -58,9 +58,137 @@ impl Snapshot {
     }
 }
 
+/// Where runtimes and engines keep things while something runs.
+const PLACES: [&str; 7] = [
+    "/run/kata-containers",
+    "/run/runc",
+    "/run/netns",
+    "/run/docker/netns",
+    "/run/containerd/s",
+    "/run/containerd/runc",
+    "/var/lib/cni/results",
+];
+
+/// A process of ours that serves one sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// containerd's side of it: the sandbox server, or runc's shim.
+    Shim,
+    /// The virtual machine.
+    Hypervisor,
+    /// What serves the share.
+    Devices,
+}
+
+impl Part {
+    fn is(self, program: &str, line: &str) -> bool {
+        let hypervisor = program.contains("qemu-system");
+        // Its command line begins with a title of its own.
+        let devices = !hypervisor && line.starts_with("kata-devices");
+        match self {
+            Self::Hypervisor => hypervisor,
+            Self::Devices => devices,
+            Self::Shim => !hypervisor && !devices && line.contains("shim"),
+        }
+    }
+}
+
+/// The living processes whose command line names `id` and that are this part of it.
+pub fn processes_of(id: &str, part: Part) -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for (pid, line) in command_lines()? {
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        if line.contains(id) && part.is(&program.to_string_lossy(), &line) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// Kills these processes; returns when the first of them was dead.
+pub fn kill_and_wait(pids: &[i32]) -> Result<Instant> {
+    use nix::sys::signal::{Signal, kill};
+    for pid in pids {
+        kill(nix::unistd::Pid::from_raw(*pid), Signal::SIGKILL).ok();
+    }
+    let dead = |pid: &i32| {
+        fs::read_to_string(format!("/proc/{pid}/stat"))
+            .map_or(true, |stat| stat.rsplit(')').next().is_some_and(|s| s.starts_with(" Z")))
+    };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !pids.is_empty() && !pids.iter().any(dead) {
+        if Instant::now() > deadline {
+            bail!("{pids:?} do not die");
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(Instant::now())
+}
+
+/// Where containerd and shims agree on the socket of a container in a namespace.
+pub fn socket_of(namespace: &str, id: &str) -> Result<PathBuf> {
+    let name = format!("{}/{namespace}/{id}", crate::containerd::SOCKET);
+    Ok(Path::new("/run/containerd/s").join(crate::images::sha256(name.as_bytes())?))
+}
+
+/// Fails when something is left, after a few seconds, that carries one of these ids in its name.
+pub fn expect_no_trace(ids: &[&str]) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let left = traces(ids)?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("left behind:\n  {}", left.join("\n  "));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn traces(ids: &[&str]) -> Result<Vec<String>> {
+    let named = |text: &str| ids.iter().any(|id| text.contains(id));
+    let mut left = Vec::new();
+    let lines = command_lines()?.into_iter().filter(|(_, line)| named(line));
+    left.extend(lines.map(|(pid, line)| format!("process {pid} {line}")));
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    left.extend(mounts.lines().filter(|line| named(line)).map(|line| format!("mount {line}")));
+    for root in cgroup_roots() {
+        entries(&root, 4, &mut |path| {
+            if path.is_dir() && named(&path.to_string_lossy()) {
+                left.push(format!("cgroup {}", path.display()));
+            }
+        });
+    }
+    for place in ["/run", "/var/lib/cni"] {
+        entries(Path::new(place), 6, &mut |path| {
+            // FIFOs are the client's, who may have been gone when it could have removed them.
+            let named = path.file_name().is_some_and(|name| named(&name.to_string_lossy()));
+            if named && !path.starts_with("/run/containerd/fifo") {
+                left.push(format!("file {}", path.display()));
+            }
+        });
+    }
+    Ok(left)
+}
+
+/// Everything below `dir`, so deep.
+fn entries(dir: &Path, deep: usize, found: &mut impl FnMut(&Path)) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        found(&entry.path());
+        // Root file systems have names of their own.
+        let inside = deep > 0 && entry.file_name() != "rootfs";
+        if inside && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            entries(&entry.path(), deep - 1, found);
+        }
+    }
+}
+
 /// What Docker keeps by itself, and what is cached on purpose until the next boot.
 fn harmless(line: &str) -> bool {
     matches!(line, "link docker0" | "file /run/docker/netns/default")
+        // runc's shims keep a directory for each namespace, and sockets that were killed.
+        || line.starts_with("file /run/containerd/runc/")
         || matches!(
             line,
             "file /run/kata-containers/host.json" | "file /run/kata-containers/qemu.json"
@@ -71,18 +199,25 @@ fn harmless(line: &str) -> bool {
 }
 
 fn processes(seen: &mut BTreeSet<String>) -> Result<()> {
-    let own = std::process::id();
+    let lines = command_lines()?;
+    seen.extend(lines.into_iter().map(|(pid, line)| format!("process {pid} {line}")));
+    Ok(())
+}
+
+/// All processes but PID 1 and our own.
+fn command_lines() -> Result<Vec<(i32, String)>> {
+    let own = std::process::id().cast_signed();
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
         let Ok(cmdline) = fs::read(entry.path().join("cmdline")) else { continue };
         // Kernel threads and zombies have none; a zombie is reaped by PID 1 in no time.
         if pid == 1 || pid == own || cmdline.is_empty() {
             continue;
         }
-        let line = String::from_utf8_lossy(&cmdline).replace('\0', " ");
-        seen.insert(format!("process {pid} {}", line.trim()));
+        found.push((pid, String::from_utf8_lossy(&cmdline).replace('\0', " ").trim().to_owned()));
     }
-    Ok(())
+    Ok(found)
 }
 
 fn directories(dir: &Path, found: &mut impl FnMut(&Path) -> bool) {

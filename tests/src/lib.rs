@@ -10,6 +10,7 @@
 pub mod arena;
 pub mod assets;
 pub mod command;
+pub mod containerd;
 pub mod docker;
 pub mod images;
 pub mod leaks;
