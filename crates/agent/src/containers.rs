@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-use crate::container::{self, Created, Profile};
+use crate::container::{self, Created, NewContainer, Profile};
 use crate::error::AgentError;
 use crate::events;
 use crate::process::Process;
@@ -224,7 +225,6 @@ impl Containers {
         tracing::debug!(container = %id, "storages are mounted");
         let spec = Spec::parse(&request.spec)?;
         let cgroup = self.cgroup(id, &spec)?;
-        drop(spec);
         tracing::debug!(container = %id, "cgroup is made");
         let wanted = request.stdio.unwrap_or_default();
         let (io, ends) = pipes(&wanted)?;
@@ -232,8 +232,9 @@ impl Containers {
             Some(cgroup) => cgroup.add(pid).map_err(io::Error::other),
             None => Ok(()),
         };
-        let (built, created) =
-            container::create(id, &request.spec, io, join, size(&wanted)).await?;
+        let bundle = PathBuf::from(request.bundle);
+        let container = NewContainer { id: id.clone(), bundle, spec, size: size(&wanted) };
+        let (built, created) = container::create(container, io, join).await?;
         tracing::debug!(container = %id, pid = built.pid, "container is built");
         let stdio = Stdio::start(&self.streams, id, None, ends, built.terminal_master)
             .map_err(|error| AgentError::System("watch the process's output", error))?;

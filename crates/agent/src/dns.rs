@@ -5,6 +5,9 @@
 //! that address here and passes each message over a stream to the host: `u32` big-endian
 //! id, `u16` big-endian length, message; the answer comes back with the same id.
 //!
+//! Port 53 stays free for containers that serve DNS on all addresses: the agent listens on
+//! another port, to which what is sent to that one is redirected.
+//!
 //! Bounded in every direction; beyond its bounds it drops, as a network would.
 
 use std::collections::HashMap;
@@ -12,6 +15,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use kata_cgroups::{Hierarchy, Redirect};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{mpsc, oneshot};
@@ -32,6 +36,9 @@ const WAITING: usize = 64;
 /// After this nobody waits for the answer any more, or for a question on a connection.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// How often a port is looked for that is free for UDP and TCP.
+const PORTS: usize = 16;
+
 /// Answers DNS on port 53 of `listen`, a loopback address, by the host at the other end of
 /// `stream`, until the stream ends.
 ///
@@ -42,8 +49,7 @@ pub async fn relay(listen: IpAddr, stream: impl AsyncRead + AsyncWrite) -> io::R
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "DNS is relayed on loopback only"));
     }
     loopback_up().map_err(io::Error::other)?;
-    let udp = UdpSocket::bind((listen, PORT)).await?;
-    let tcp = TcpListener::bind((listen, PORT)).await?;
+    let Place { udp, tcp, redirect } = Place::find(listen).await?;
     let (mut reader, mut writer) = tokio::io::split(stream);
     let (questions, mut to_host) = mpsc::channel(WAITING);
     let (answers, from_host) = mpsc::channel(1);
@@ -62,11 +68,55 @@ pub async fn relay(listen: IpAddr, stream: impl AsyncRead + AsyncWrite) -> io::R
         Ok(())
     };
     let relay = Relay { questions, pending: HashMap::new(), next: 0 };
-    tokio::select! {
+    let result = tokio::select! {
         result = read => result,
         result = write => result,
         result = relay.run(udp, tcp, from_host) => result,
+    };
+    drop(redirect);
+    result
+}
+
+/// Where the relay listens.
+struct Place {
+    udp: UdpSocket,
+    tcp: TcpListener,
+    /// None: on port 53 itself.
+    redirect: Option<Redirect>,
+}
+
+impl Place {
+    async fn find(listen: IpAddr) -> io::Result<Self> {
+        match Self::aside(listen).await {
+            Ok(place) => Ok(place),
+            Err(error) => {
+                let error = crate::error::chain(&*error);
+                tracing::warn!(error, "the DNS relay takes port 53 from the containers");
+                let udp = UdpSocket::bind((listen, PORT)).await?;
+                let tcp = TcpListener::bind((listen, PORT)).await?;
+                Ok(Self { udp, tcp, redirect: None })
+            }
+        }
     }
+
+    async fn aside(listen: IpAddr) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let (udp, tcp) = same_port(listen).await?;
+        let (to, port) = (SocketAddr::new(listen, PORT), udp.local_addr()?.port());
+        let redirect = Redirect::install(&Hierarchy::detect()?, to, port, &udp)?;
+        Ok(Self { udp, tcp, redirect: Some(redirect) })
+    }
+}
+
+async fn same_port(listen: IpAddr) -> io::Result<(UdpSocket, TcpListener)> {
+    let mut last = io::ErrorKind::AddrInUse.into();
+    for _ in 0..PORTS {
+        let udp = UdpSocket::bind((listen, 0)).await?;
+        match TcpListener::bind((listen, udp.local_addr()?.port())).await {
+            Ok(tcp) => return Ok((udp, tcp)),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// An id and a message.

@@ -2,9 +2,9 @@
 //!
 //! The NICs were plugged before anybody knew what network the container gets, so each
 //! interface of the message names the NIC it is for by its first Ethernet address.
-//! [`configure`] may be called again and again: what is there and not wanted goes. Only
-//! the VM's NICs are touched; what containers make for themselves (bridges, tunnels) is
-//! theirs.
+//! [`configure`] may be called again and again: what is there and not wanted goes, and a
+//! NIC that no interface uses is put out of the containers' sight ([`Parking`]). Only the
+//! VM's NICs are touched; what containers make for themselves (bridges, tunnels) is theirs.
 //!
 //! On a fresh boot all of it is one list of interfaces read and one batch of requests
 //! sent, because each round trip and each page of code costs under binary translation.
@@ -19,8 +19,11 @@ use kata_netlink::{
 use kata_protocol::{agent, limits};
 use tokio::time::timeout;
 
+mod parking;
 #[cfg(test)]
 mod tests;
+
+pub use parking::Parking;
 
 /// How long a NIC that was plugged may take to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,6 +49,9 @@ pub enum NetworkError {
     /// No NIC has the address.
     #[error("no network device with address {0} appeared in time: was its NIC plugged?")]
     NoDevice(Mac),
+    /// No place for unused NICs.
+    #[error("cannot make a network namespace for unused network devices")]
+    Parking(#[source] std::io::Error),
     /// The kernel's refusal.
     #[error("cannot configure the network")]
     Netlink(#[from] NetlinkError),
@@ -55,12 +61,29 @@ pub enum NetworkError {
 ///
 /// # Errors
 /// When the message is invalid, a NIC does not appear, or the kernel refuses something.
-pub async fn configure(network: &agent::Network) -> Result<(), NetworkError> {
+pub async fn configure(
+    network: &agent::Network,
+    parking: &mut Parking,
+) -> Result<(), NetworkError> {
+    // Virtual interfaces have a kind, the VM's own NICs have none.
+    configure_nics(network, parking, |link| link.kind == LinkKind::Device).await
+}
+
+async fn configure_nics(
+    network: &agent::Network,
+    parking: &mut Parking,
+    is_nic: impl Fn(&Link) -> bool,
+) -> Result<(), NetworkError> {
     let wanted = Wanted::parse(network)?;
     let mut socket = Socket::open()?;
+    parking.fetch(|parked| wanted.interfaces.iter().any(|interface| interface.is(parked)))?;
     let (links, indexes) = devices(&mut socket, &wanted).await?;
-    // Virtual interfaces have a kind, the VM's own NICs have none.
-    apply(&mut socket, &wanted, &links, &indexes, |link| link.kind == LinkKind::Device)
+    let is_unused =
+        |link: &&Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
+    let unused: Vec<u32> = links.iter().filter(is_unused).map(|link| link.index).collect();
+    parking.put(&mut socket, &unused)?;
+    let links: Vec<Link> = links.into_iter().filter(|link| !unused.contains(&link.index)).collect();
+    apply(&mut socket, &wanted, &links, &indexes)
 }
 
 /// Takes `lo` up, which gives it 127.0.0.1/8 and ::1.
@@ -252,14 +275,8 @@ async fn devices(
 fn find(links: &[Link], wanted: &Wanted) -> Result<Vec<u32>, Mac> {
     let mut found: Vec<u32> = Vec::with_capacity(wanted.interfaces.len());
     for interface in &wanted.interfaces {
-        let made_with = |link: &&Link| link.permanent_mac == Some(interface.device);
-        // A driver that does not tell: it has the address still, or got the wanted one.
-        let has = |link: &&Link| {
-            let is = |mac| link.mac == Some(mac);
-            link.permanent_mac.is_none() && (is(interface.device) || is(interface.mac))
-        };
         let free = |link: &&Link| !found.contains(&link.index);
-        let link = links.iter().find(made_with).or_else(|| links.iter().filter(free).find(has));
+        let link = links.iter().filter(free).find(|link| interface.is(link));
         found.push(link.ok_or(interface.device)?.index);
     }
     Ok(found)
@@ -270,13 +287,10 @@ fn apply(
     wanted: &Wanted,
     links: &[Link],
     indexes: &[u32],
-    is_nic: impl Fn(&Link) -> bool,
 ) -> Result<(), NetworkError> {
-    let ours: Vec<&Link> =
-        links.iter().filter(|link| indexes.contains(&link.index) || is_nic(link)).collect();
-    let ours: Vec<&Link> = ours.into_iter().filter(|link| !link.is_loopback()).collect();
+    let ours: Vec<&Link> = links.iter().filter(|link| indexes.contains(&link.index)).collect();
     let tables = wanted.resolve(indexes);
-    let mut requests = link_requests(wanted, links, &ours, indexes);
+    let mut requests = link_requests(wanted, links, indexes);
     let mut present = Tables::default();
     // An interface that was never up has nothing that could be in the way.
     if ours.iter().any(|link| link.is_up()) {
@@ -292,7 +306,7 @@ fn apply(
 }
 
 /// What makes the interfaces themselves right.
-fn link_requests(wanted: &Wanted, links: &[Link], ours: &[&Link], indexes: &[u32]) -> Vec<Request> {
+fn link_requests(wanted: &Wanted, links: &[Link], indexes: &[u32]) -> Vec<Request> {
     let mut requests = Vec::with_capacity(64);
     if !links.iter().any(|link| link.is_loopback() && link.is_up()) {
         requests.push(Link::up(LOOPBACK));
@@ -312,8 +326,6 @@ fn link_requests(wanted: &Wanted, links: &[Link], ours: &[&Link], indexes: &[u32
             requests.push(rename.attr_text(libc::IFLA_IFNAME, &format!("unused{}", link.index)));
         }
     }
-    let unused = ours.iter().filter(|link| link.is_up() && !indexes.contains(&link.index));
-    requests.extend(unused.map(|link| Link::down(link.index)));
     for (index, interface) in indexes.iter().zip(&wanted.interfaces) {
         if let Some(link) = links.iter().find(|link| link.index == *index) {
             interface.requests(link, &mut requests);
@@ -323,6 +335,15 @@ fn link_requests(wanted: &Wanted, links: &[Link], ours: &[&Link], indexes: &[u32
 }
 
 impl Interface {
+    /// Whether the NIC is the one it names. Drivers that do not tell what address a NIC was
+    /// made with: it has that still, or got the wanted one.
+    fn is(&self, nic: &Link) -> bool {
+        match nic.permanent_mac {
+            Some(mac) => mac == self.device,
+            None => nic.mac == Some(self.device) || nic.mac == Some(self.mac),
+        }
+    }
+
     fn requests(&self, link: &Link, requests: &mut Vec<Request>) {
         let renamed = link.name != self.name;
         let moved = link.mac != Some(self.mac);

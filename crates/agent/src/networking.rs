@@ -5,22 +5,26 @@ use std::sync::{Mutex, PoisonError};
 
 use kata_channel::Stream;
 use kata_protocol::agent::Network;
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 
+use crate::dns;
 use crate::error::{AgentError, chain};
-use crate::{dns, network};
+use crate::network::{self, Parking};
 
 /// Interfaces, and the DNS relay once its address and its stream are both known.
 #[derive(Debug, Default)]
 pub struct Networking {
+    /// One change of the interfaces at a time.
+    parking: tokio::sync::Mutex<Parking>,
     relay: Mutex<Relay>,
 }
 
 #[derive(Debug, Default)]
 struct Relay {
     address: Option<IpAddr>,
+    /// Came, and is not in use yet.
     stream: Option<Stream>,
-    task: Option<AbortHandle>,
+    task: Option<(IpAddr, JoinHandle<()>)>,
 }
 
 impl Networking {
@@ -35,31 +39,61 @@ impl Networking {
                 AgentError::Invalid(format!("DNS relay address {text:?} is no IP address"))
             })?),
         };
-        network::configure(wanted).await.map_err(|error| AgentError::Network(chain(&error)))?;
+        let mut parking = self.parking.lock().await;
+        network::configure(wanted, &mut parking)
+            .await
+            .map_err(|error| AgentError::Network(chain(&error)))?;
         self.change(|relay| relay.address = address);
         Ok(())
     }
 
-    /// The host opened the stream on which it answers DNS.
+    /// The host opened the stream on which it answers DNS. It opens a new one for each
+    /// address, which it tells before or after.
     pub fn dns_stream(&self, stream: Stream) {
         self.change(|relay| relay.stream = Some(stream));
+    }
+
+    /// No stream that came over the channel carries anything any more.
+    pub fn channel_lost(&self) {
+        self.change(|relay| {
+            relay.stream = None;
+            relay.end();
+        });
     }
 
     fn change(&self, change: impl FnOnce(&mut Relay)) {
         let mut relay = self.relay.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut relay);
-        if let Some(address) = relay.address
-            && let Some(stream) = relay.stream.take()
+        relay.settle();
+    }
+}
+
+impl Relay {
+    /// Ends a relay that is not wanted any more, and starts the one that is.
+    fn settle(&mut self) {
+        if self
+            .task
+            .as_ref()
+            .is_some_and(|(at, task)| Some(*at) != self.address || task.is_finished())
         {
-            if let Some(old) = relay.task.take() {
-                old.abort();
-            }
-            let task = tokio::spawn(async move {
+            self.end();
+        }
+        if self.task.is_none()
+            && let Some(address) = self.address
+            && let Some(stream) = self.stream.take()
+        {
+            let relay = async move {
                 if let Err(error) = dns::relay(address, stream).await {
                     tracing::warn!(%error, "DNS relay ended");
                 }
-            });
-            relay.task = Some(task.abort_handle());
+            };
+            self.task = Some((address, tokio::spawn(relay)));
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some((_, task)) = self.task.take() {
+            task.abort();
         }
     }
 }

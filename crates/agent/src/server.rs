@@ -115,6 +115,7 @@ async fn session(
         }
     };
     agent.streams.channel_lost();
+    agent.networking.channel_lost();
     reason
 }
 

@@ -194,8 +194,7 @@ impl Agent {
 
     fn update(&self, request: &UpdateRequest) -> Result<Empty, AgentError> {
         let container = self.containers.get(&request.container_id.parse()?)?;
-        let resources: kata_oci::Resources = serde_json::from_slice(&request.resources)
-            .map_err(|error| AgentError::Invalid(format!("resources are invalid: {error}")))?;
+        let resources = kata_oci::Resources::parse(&request.resources)?;
         container.cgroup()?.apply(&resources, !resources.devices.is_empty())?;
         Ok(Empty::default())
     }

@@ -59,11 +59,11 @@ fn question(id: u8, name: u8) -> Vec<u8> {
 }
 
 async fn by_udp(question: &[u8]) -> Vec<u8> {
-    let socket = tokio::net::UdpSocket::bind("0.0.0.0:0").await.unwrap();
-    socket.connect((RESOLVER, 53)).await.unwrap();
     let mut answer = vec![0; 65535];
-    // The relay may still be taking its port; a resolver asks again, too.
+    // The relay may still be taking its place; a resolver asks again, too.
     for _ in 0..50 {
+        let socket = tokio::net::UdpSocket::bind("0.0.0.0:0").await.unwrap();
+        socket.connect((RESOLVER, 53)).await.unwrap();
         socket.send(question).await.unwrap();
         let received = timeout(Duration::from_millis(200), socket.recv(&mut answer)).await;
         if let Ok(Ok(length)) = received {
@@ -87,13 +87,42 @@ async fn by_tcp(question: &[u8]) -> Vec<u8> {
     answer
 }
 
+/// Takes port 53 of every address, as a container that serves DNS does.
+fn serves_dns_itself() -> (UdpSocket, TcpListener) {
+    let udp = UdpSocket::bind(("0.0.0.0", 53)).expect("port 53 is free for UDP");
+    udp.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    (udp, TcpListener::bind(("0.0.0.0", 53)).expect("port 53 is free for TCP"))
+}
+
 async fn conversation(container: Netns) {
+    let (own, _own_tcp) = serves_dns_itself();
     let (host_end, guest_end) = tokio::io::duplex(1 << 14);
     let guest = tokio::spawn(kata_agent::dns::relay(RESOLVER, guest_end));
     let host = tokio::spawn(async move { serve_dns(&container, RESOLVER, host_end).await });
 
     let short = by_udp(&question(1, b's')).await;
     assert_eq!((short[1], short[2] & 0x82, short[13]), (1, 0x80, b's'));
+
+    // Resolvers that do not connect look at who answers.
+    let unconnected = tokio::net::UdpSocket::bind("0.0.0.0:0").await.unwrap();
+    unconnected.send_to(&question(4, b's'), (RESOLVER, 53)).await.unwrap();
+    let mut answer = [0; 512];
+    let received = timeout(Duration::from_secs(5), unconnected.recv_from(&mut answer)).await;
+    assert_eq!(received.unwrap().unwrap().1, (RESOLVER, 53).into());
+
+    // An IPv6 socket reaches it by the address mapped.
+    let mapped =
+        std::net::SocketAddr::new(Ipv4Addr::new(127, 0, 0, 11).to_ipv6_mapped().into(), 53);
+    let six = tokio::net::UdpSocket::bind("[::]:0").await.unwrap();
+    six.send_to(&question(5, b's'), mapped).await.unwrap();
+    let received = timeout(Duration::from_secs(5), six.recv_from(&mut answer)).await;
+    assert_eq!(received.unwrap().unwrap().1, mapped);
+
+    // What goes to the container's own server gets there.
+    unconnected.send_to(b"mine", ("127.0.0.1", 53)).await.unwrap();
+    // The first questions of all came before the relay was there.
+    while own.recv(&mut answer).unwrap() != 4 {}
+    assert_eq!(&answer[..4], b"mine");
 
     // Too long for UDP: marked as cut, and whole by TCP.
     let cut = by_udp(&question(2, b't')).await;

@@ -6,6 +6,7 @@
 #[path = "oracle/machine.rs"]
 mod machine;
 
+use kata_agent::container::NewContainer;
 use machine::{Bundle, compare, exec, kill, run, run_by, start};
 use serde_json::{Value, json};
 
@@ -176,12 +177,14 @@ async fn user_namespace_maps_ids() {
 async fn start_hooks_run_in_the_container_before_its_program() {
     let bundle = Bundle::new();
     let mut config = bundle.config("cat /tmp/hook");
-    let hook = "cat >/tmp/state; grep -c '\"status\":\"created\"' /tmp/state >/tmp/hook; echo $X $$ >>/tmp/hook";
+    let hook = "cat >/tmp/state; grep -c '\"status\":\"created\"' /tmp/state >/tmp/hook; \
+                echo $X $$ >>/tmp/hook; grep -o '\"bundle\":[^,]*' /tmp/state >>/tmp/hook";
     config["hooks"] = json!({"startContainer": [
         {"path": "/bin/sh", "args": ["sh", "-c", hook], "env": ["X=y", "PATH=/bin"]}
     ]});
     let ours = run(&config).await.unwrap();
     assert!(ours.output.starts_with("1\ny "), "{}", ours.output);
+    assert!(ours.output.ends_with("\"bundle\":\"/the/bundle\"\n"), "{}", ours.output);
     assert!(run_by("runc", &bundle, &config).output.starts_with("1\ny "));
     config["hooks"]["startContainer"][0]["args"] =
         json!(["sh", "-c", "echo complaint >&2; exit 3"]);
@@ -283,14 +286,23 @@ async fn exec_is_as_runcs() {
 }
 
 #[tokio::test]
+async fn clocks_of_a_time_namespace_are_set() {
+    let bundle = Bundle::new();
+    let mut config = bundle.config("cat /proc/self/timens_offsets");
+    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "time"}));
+    config["linux"]["timeOffsets"] = json!({"boottime": {"secs": 86400, "nanosecs": 7}});
+    // The runtimes of Debian 12 do not know the field.
+    let output = run(&config).await.unwrap().output;
+    let words: Vec<_> = output.split_whitespace().collect();
+    assert_eq!(words, ["monotonic", "0", "0", "boottime", "86400", "7"]);
+}
+
+#[tokio::test]
 async fn container_that_is_not_started_ends_with_its_builder() {
     let bundle = Bundle::new();
-    let id = machine::fresh_id().parse().unwrap();
-    let config = bundle.config("true").to_string();
-    let (built, created) = machine::builder()
-        .create(&id, config.as_bytes(), Default::default(), |_| Ok(()), None)
-        .await
-        .unwrap();
+    let container = machine::container(&bundle.config("true")).unwrap();
+    let (built, created) =
+        machine::builder().create(container, Default::default(), |_| Ok(())).await.unwrap();
     drop(created);
     let ended = || machine::state(built.pid).is_none_or(|(state, _)| state == 'Z');
     for _ in 0..500 {
@@ -473,12 +485,10 @@ async fn terminal_is_the_containers_own_and_the_users() {
     let mut config = bundle.config(script);
     config["process"]["terminal"] = json!(true);
     config["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [5]});
-    let id = machine::fresh_id().parse().unwrap();
-    let spec = config.to_string();
-    let (built, created) = machine::builder()
-        .create(&id, spec.as_bytes(), Default::default(), |_| Ok(()), Some((33, 77)))
-        .await
-        .unwrap();
+    let container = machine::container(&config).unwrap();
+    let container = NewContainer { size: Some((33, 77)), ..container };
+    let (built, created) =
+        machine::builder().create(container, Default::default(), |_| Ok(())).await.unwrap();
     let profile = created.profile();
     let master = built.terminal_master.unwrap();
     created.start().await.unwrap();

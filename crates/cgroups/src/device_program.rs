@@ -5,43 +5,10 @@
 //! accesses not yet allowed. A rule that denies one of them ends it, one that allows the
 //! rest, too.
 
+use crate::bpf::{
+    AND, COPY, EXIT, Instruction, JUMP_EQUAL, JUMP_NOT_EQUAL, LOAD_WORD, SET, SHIFT_RIGHT,
+};
 use crate::devices::{ALL, Kind, Rule};
-
-/// One instruction; the subset that is needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Instruction {
-    pub code: u8,
-    pub to: u8,
-    pub from: u8,
-    pub offset: i16,
-    pub value: i32,
-}
-
-impl Instruction {
-    /// As the kernel reads it: little endian, registers in one byte.
-    pub(crate) fn encode(&self) -> u64 {
-        let [low, high] = self.offset.to_le_bytes();
-        let [a, b, c, d] = self.value.to_le_bytes();
-        u64::from_le_bytes([self.code, self.to | self.from << 4, low, high, a, b, c, d])
-    }
-}
-
-/// `*(u32 *)(from + offset)`
-pub(crate) const LOAD_WORD: u8 = 0x61;
-/// `to = value`
-pub(crate) const SET: u8 = 0xb7;
-/// `to = from`
-pub(crate) const COPY: u8 = 0xbf;
-/// `to &= value`, 64 bits, sign-extended
-pub(crate) const AND: u8 = 0x57;
-/// `to >>= value`
-pub(crate) const SHIFT_RIGHT: u8 = 0x77;
-/// `if to == value goto offset`
-pub(crate) const JUMP_EQUAL: u8 = 0x15;
-/// `if to != value goto offset`
-pub(crate) const JUMP_NOT_EQUAL: u8 = 0x55;
-/// `return r0`
-pub(crate) const EXIT: u8 = 0x95;
 
 const CONTEXT: u8 = 1;
 const RESULT: u8 = 0;
@@ -56,7 +23,7 @@ pub(crate) const BLOCK: i32 = 1;
 pub(crate) const CHAR: i32 = 2;
 
 const fn op(code: u8, to: u8, value: i32) -> Instruction {
-    Instruction { code, to, from: 0, offset: 0, value }
+    Instruction::new(code, to, value)
 }
 
 const fn load(to: u8, offset: i16) -> Instruction {
@@ -254,13 +221,5 @@ mod tests {
         let all = |allow| Rule { allow, kind: None, major: None, minor: None, access: ALL };
         assert!(run(&program(&[all(false), all(true)]), Kind::Block, 8, 0, ALL));
         assert!(!run(&program(&[all(true), all(false)]), Kind::Block, 8, 0, READ));
-    }
-
-    #[test]
-    fn instructions_are_encoded_as_the_kernel_reads_them() {
-        let jump = Instruction { code: JUMP_NOT_EQUAL, to: 4, from: 0, offset: 2, value: 5 };
-        assert_eq!(jump.encode(), 0x0000_0005_0002_0455);
-        let copy = Instruction { code: COPY, to: 3, from: 2, offset: 0, value: 0 };
-        assert_eq!(copy.encode(), 0x23bf);
     }
 }

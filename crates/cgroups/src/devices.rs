@@ -5,12 +5,11 @@
 //! none matches is denied. As with runc, a few devices that every container needs are
 //! allowed after all others.
 
-use crate::device_program::{Instruction, program};
+use crate::bpf::{self, Hook};
+use crate::device_program::program;
 use crate::{CgroupError, file};
 use kata_oci::DeviceRule;
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 /// More rules than any engine sends; the program stays far below the kernel's bound.
@@ -113,11 +112,11 @@ pub(crate) fn install(dir: &Path, rules: &[Rule]) -> Result<(), CgroupError> {
     let failed =
         |action| move |source| CgroupError::DeviceFilter { action, path: dir.to_owned(), source };
     let cgroup = File::open(dir).map_err(|source| CgroupError::io("open cgroup", dir, source))?;
-    let old = bpf::attached(&cgroup).map_err(failed("query"))?;
-    let program = bpf::load(&program(rules)).map_err(failed("load"))?;
-    bpf::attach(&cgroup, &program).map_err(failed("attach"))?;
+    let old = bpf::attached(&cgroup, Hook::Device).map_err(failed("query"))?;
+    let program = bpf::load(&program(rules), Hook::Device).map_err(failed("load"))?;
+    bpf::attach(&cgroup, &program, Hook::Device).map_err(failed("attach"))?;
     for id in old {
-        let result = bpf::by_id(id).and_then(|old| bpf::detach(&cgroup, &old));
+        let result = bpf::by_id(id).and_then(|old| bpf::detach(&cgroup, &old, Hook::Device));
         match result {
             // Somebody else detached it in the meantime.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
@@ -151,138 +150,6 @@ pub(crate) fn install_v1(dir: &Path, rules: &[Rule]) -> Result<(), CgroupError> 
         file::write(&dir.join(name), &line)?;
     }
     Ok(())
-}
-
-/// The few calls of `bpf(2)` that are needed.
-mod bpf {
-    use super::{AsRawFd, File, FromRawFd, Instruction, OwnedFd, io};
-
-    const PROG_LOAD: libc::c_int = 5;
-    const PROG_ATTACH: libc::c_int = 8;
-    const PROG_DETACH: libc::c_int = 9;
-    const PROG_GET_FD_BY_ID: libc::c_int = 13;
-    const PROG_QUERY: libc::c_int = 16;
-    const TYPE_CGROUP_DEVICE: u32 = 15;
-    const ATTACH_CGROUP_DEVICE: u32 = 6;
-    const ALLOW_MULTI: u32 = 2;
-    /// The kernel keeps at most so many programs at one cgroup.
-    const MAX_ATTACHED: usize = 64;
-
-    /// `union bpf_attr`, for `PROG_LOAD`, up to the fields used.
-    #[repr(C, align(8))]
-    struct Load {
-        kind: u32,
-        instruction_count: u32,
-        instructions: u64,
-        license: u64,
-        rest: [u64; 12],
-    }
-
-    /// `union bpf_attr` for attach and detach.
-    #[repr(C, align(8))]
-    struct Attach {
-        target_fd: u32,
-        program_fd: u32,
-        kind: u32,
-        flags: u32,
-        replace_fd: u32,
-        rest: [u32; 3],
-    }
-
-    /// `union bpf_attr` for `PROG_QUERY`.
-    #[repr(C, align(8))]
-    struct Query {
-        target_fd: u32,
-        kind: u32,
-        query_flags: u32,
-        attach_flags: u32,
-        ids: u64,
-        count: u32,
-        pad: u32,
-        rest: [u64; 4],
-    }
-
-    /// `union bpf_attr` for `PROG_GET_FD_BY_ID`.
-    #[repr(C, align(8))]
-    struct ById {
-        id: u32,
-        next: u32,
-        flags: u32,
-        pad: u32,
-    }
-
-    fn call<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
-        // SAFETY: `attr` is a `repr(C)` prefix of `union bpf_attr` of the given size, zeroed
-        // where unused; pointers in it are to live buffers of the lengths it states.
-        let result = unsafe {
-            libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>())
-        };
-        match libc::c_int::try_from(result) {
-            Ok(value) if value >= 0 => Ok(value),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-
-    fn raw(fd: &impl AsRawFd) -> u32 {
-        fd.as_raw_fd().unsigned_abs()
-    }
-
-    fn own(fd: libc::c_int) -> OwnedFd {
-        // SAFETY: the kernel just made this descriptor for us; nobody else has it.
-        unsafe { OwnedFd::from_raw_fd(fd) }
-    }
-
-    pub(super) fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-        let words: Vec<u64> = program.iter().map(Instruction::encode).collect();
-        let license = c"Apache-2.0";
-        let mut attr = Load {
-            kind: TYPE_CGROUP_DEVICE,
-            instruction_count: u32::try_from(words.len()).unwrap_or(u32::MAX),
-            instructions: words.as_ptr() as u64,
-            license: license.as_ptr() as u64,
-            rest: [0; 12],
-        };
-        call(PROG_LOAD, &mut attr).map(own)
-    }
-
-    fn attachment(cgroup: &File, program: &OwnedFd, flags: u32) -> Attach {
-        Attach {
-            target_fd: raw(cgroup),
-            program_fd: raw(program),
-            kind: ATTACH_CGROUP_DEVICE,
-            flags,
-            replace_fd: 0,
-            rest: [0; 3],
-        }
-    }
-
-    pub(super) fn attach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
-        call(PROG_ATTACH, &mut attachment(cgroup, program, ALLOW_MULTI)).map(drop)
-    }
-
-    pub(super) fn detach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
-        call(PROG_DETACH, &mut attachment(cgroup, program, 0)).map(drop)
-    }
-
-    pub(super) fn attached(cgroup: &File) -> io::Result<Vec<u32>> {
-        let mut ids = [0_u32; MAX_ATTACHED];
-        let mut attr = Query {
-            target_fd: raw(cgroup),
-            kind: ATTACH_CGROUP_DEVICE,
-            query_flags: 0,
-            attach_flags: 0,
-            ids: ids.as_mut_ptr() as u64,
-            count: MAX_ATTACHED as u32,
-            pad: 0,
-            rest: [0; 4],
-        };
-        call(PROG_QUERY, &mut attr)?;
-        Ok(ids.into_iter().take(attr.count as usize).collect())
-    }
-
-    pub(super) fn by_id(id: u32) -> io::Result<OwnedFd> {
-        call(PROG_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0, pad: 0 }).map(own)
-    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 //! Paths come from the engine and are checked ([`container_path`]); nothing else is
 //! trusted. All I/O is synchronous and short; nothing here needs a runtime.
 
+mod bpf;
 mod cgroup;
 mod device_program;
 mod devices;
@@ -15,6 +16,7 @@ mod error;
 mod file;
 mod hierarchy;
 mod kill;
+mod redirect;
 mod stats;
 mod v1;
 mod v2;
@@ -22,4 +24,5 @@ mod v2;
 pub use cgroup::Cgroup;
 pub use error::CgroupError;
 pub use hierarchy::{Hierarchy, V1Mount, container_path};
+pub use redirect::Redirect;
 pub use stats::{CpuStats, HugetlbStats, IoStats, MemoryStats, NO_LIMIT, PidsStats, Stats};

@@ -1,6 +1,6 @@
 //! OCI resources in cgroup v1's files, for hosts that have those.
 
-use crate::v2::{Setting, device_number, page_size};
+use crate::v2::{Setting, check_device_weight, device_number, page_size};
 use crate::{Cgroup, CgroupError, Hierarchy, file};
 use kata_oci::{BlockIo, Cpu, Memory, Resources};
 use std::path::Path;
@@ -160,6 +160,12 @@ fn io_settings(io: &BlockIo, out: &mut Vec<Setting>) -> Result<(), CgroupError> 
         out.push(setting("blkio.weight", weight, false));
         out.push(setting("blkio.bfq.weight", weight, false));
     }
+    for device in &io.weight_device {
+        check_device_weight(device)?;
+        let Some(weight) = device.weight.filter(|&n| n != 0) else { continue };
+        let value = format!("{} {weight}", device_number(device.major, device.minor)?);
+        out.push(setting("blkio.bfq.weight_device", value, false));
+    }
     let rates = [
         ("read_bps", &io.throttle_read_bps_device),
         ("write_bps", &io.throttle_write_bps_device),
@@ -168,7 +174,8 @@ fn io_settings(io: &BlockIo, out: &mut Vec<Setting>) -> Result<(), CgroupError> 
     ];
     for (name, throttles) in rates {
         for throttle in throttles {
-            let value = format!("{} {}", device_number(throttle)?, throttle.rate);
+            let value =
+                format!("{} {}", device_number(throttle.major, throttle.minor)?, throttle.rate);
             out.push(setting(format!("blkio.throttle.{name}_device"), value, throttle.rate != 0));
         }
     }

@@ -3,7 +3,7 @@
 //! Conversions are those of runc, so that a container gets the same from either.
 
 use crate::{CgroupError, file};
-use kata_oci::{BlockIo, Cpu, Memory, Resources, Throttle};
+use kata_oci::{BlockIo, Cpu, DeviceWeight, Memory, Resources};
 use std::path::Path;
 
 /// One value to be written.
@@ -257,6 +257,18 @@ fn io_settings(io: &BlockIo, read: Read, out: &mut Vec<Setting>) -> Result<(), C
             out.push(Setting::new("io.weight", weight));
         }
     }
+    for device in &io.weight_device {
+        check_device_weight(device)?;
+        let Some(weight) = device.weight.filter(|&weight| weight != 0) else { continue };
+        if read("io.bfq.weight").is_none() {
+            return Err(CgroupError::invalid(
+                "blockIO.weightDevice",
+                "needs the BFQ I/O scheduler, which this kernel does not offer: leave it out",
+            ));
+        }
+        let device = device_number(device.major, device.minor)?;
+        out.push(Setting::new("io.bfq.weight", format!("{device} {weight}")));
+    }
     let rates = [
         ("rbps", &io.throttle_read_bps_device),
         ("wbps", &io.throttle_write_bps_device),
@@ -265,7 +277,7 @@ fn io_settings(io: &BlockIo, read: Read, out: &mut Vec<Setting>) -> Result<(), C
     ];
     for (key, throttles) in rates {
         for throttle in throttles {
-            let device = device_number(throttle)?;
+            let device = device_number(throttle.major, throttle.minor)?;
             out.push(match throttle.rate {
                 0 => Setting::optional("io.max", format!("{device} {key}=max")),
                 rate => Setting::new("io.max", format!("{device} {key}={rate}")),
@@ -275,9 +287,20 @@ fn io_settings(io: &BlockIo, read: Read, out: &mut Vec<Setting>) -> Result<(), C
     Ok(())
 }
 
+/// No I/O scheduler of today has weights for leaves.
+pub(crate) fn check_device_weight(device: &DeviceWeight) -> Result<(), CgroupError> {
+    match device.leaf_weight {
+        None | Some(0) => Ok(()),
+        Some(_) => Err(CgroupError::invalid(
+            "blockIO.weightDevice",
+            "has a leafWeight, which no I/O scheduler knows: leave it out",
+        )),
+    }
+}
+
 /// `major:minor`, both within what a device number holds.
-pub(crate) fn device_number(throttle: &Throttle) -> Result<String, CgroupError> {
-    match (u32::try_from(throttle.major), u32::try_from(throttle.minor)) {
+pub(crate) fn device_number(major: i64, minor: i64) -> Result<String, CgroupError> {
+    match (u32::try_from(major), u32::try_from(minor)) {
         (Ok(major), Ok(minor)) => Ok(format!("{major}:{minor}")),
         _ => Err(CgroupError::invalid("blockIO", "has a device number that is out of range")),
     }

@@ -186,3 +186,17 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn device_weights_need_a_scheduler_that_knows_them() {
+    let json = r#"{"blockIO":{"weightDevice":[{"major":8,"minor":0,"weight":200}]}}"#;
+    let resources = Resources::parse(json.as_bytes()).unwrap();
+    let bfq = |name: &str| (name == "io.bfq.weight").then(|| "default 100".to_owned());
+    let written = settings(&resources, &bfq).unwrap();
+    assert_eq!((written[0].file.as_str(), written[0].value.as_str()), ("io.bfq.weight", "8:0 200"));
+    let error = settings(&resources, &|_| None).unwrap_err().to_string();
+    assert!(error.contains("blockIO.weightDevice"), "{error}");
+    let json = r#"{"blockIO":{"weightDevice":[{"major":8,"minor":0,"leafWeight":200}]}}"#;
+    let error = settings(&Resources::parse(json.as_bytes()).unwrap(), &bfq).unwrap_err();
+    assert!(error.to_string().contains("leafWeight"), "{error}");
+}

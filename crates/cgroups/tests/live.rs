@@ -296,3 +296,37 @@ fn a_limit_without_its_controller_is_an_error_that_names_it() {
     assert_eq!(own.0.stats().unwrap().memory.limit, NO_LIMIT);
     assert!(own.0.unified_directory().unwrap().is_dir());
 }
+
+/// Two servers on the same port of different addresses, as on a machine with an engine's
+/// resolver: one is found by a redirection.
+#[test]
+fn what_is_sent_to_a_redirected_port_arrives_at_the_other() {
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+    let Ok(hierarchy) = Hierarchy::detect() else { return };
+    let resolver = IpAddr::V4(Ipv4Addr::new(127, 77, 1, 11));
+    let socket = UdpSocket::bind((resolver, 0)).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+    let port = socket.local_addr().unwrap().port();
+    let asked = SocketAddr::new(resolver, 53);
+    let redirect = kata_cgroups::Redirect::install(&hierarchy, asked, port, &socket).unwrap();
+
+    let client = UdpSocket::bind("0.0.0.0:0").unwrap();
+    client.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+    let mut buffer = [0; 16];
+    client.send_to(b"by sendto", asked).unwrap();
+    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!(&buffer[..length], b"by sendto");
+    socket.send_to(b"answer", from).unwrap();
+    assert_eq!(client.recv_from(&mut buffer).unwrap(), (6, asked));
+
+    client.connect(asked).unwrap();
+    assert_eq!(client.peer_addr().unwrap(), asked);
+    client.send(b"connected").unwrap();
+    assert_eq!(socket.recv_from(&mut buffer).unwrap().0, 9);
+
+    drop(redirect);
+    let other = UdpSocket::bind("0.0.0.0:0").unwrap();
+    other.send_to(b"to nobody", asked).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+    assert!(socket.recv_from(&mut buffer).is_err(), "it is redirected no longer");
+}

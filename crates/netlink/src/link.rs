@@ -1,5 +1,7 @@
 //! Network interfaces.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
+
 use crate::mac::Mac;
 use crate::message::{Attributes, Request, flags, text, u16_at, u32_at};
 use crate::socket::{NetlinkError, Socket, dump_request};
@@ -141,6 +143,17 @@ impl Link {
                 })
             })
             .lenient()
+    }
+
+    /// Moves it into another network namespace, where it is down and has nothing of what was
+    /// set on it but its Ethernet address and MTU. It is called `name` there, in which the
+    /// kernel replaces a `%d` by the first number that is free.
+    pub fn move_to(index: u32, netns: BorrowedFd<'_>, name: &str) -> Request {
+        let fixed = header(index, 0, 0);
+        let what = "move an interface to another network namespace";
+        Request::new(what, libc::RTM_NEWLINK, flags::NONE, &fixed)
+            .attr(libc::IFLA_NET_NS_FD, &netns.as_raw_fd().to_ne_bytes())
+            .attr_text(libc::IFLA_IFNAME, name)
     }
 
     /// Removes it.

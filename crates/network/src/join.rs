@@ -56,10 +56,8 @@ pub fn join(netns: &Netns, link: &Link, tap: &Tap, model: Model) -> Result<(), N
     if model != Model::TcFilter {
         return Ok(());
     }
-    let mtu = Link::set("set the MTU of a tap", tap.index, libc::IFF_NOARP, libc::IFF_NOARP)
-        .attr_u32(libc::IFLA_MTU, link.mtu);
     let requests = vec![
-        mtu,
+        mtu(tap, link.mtu),
         // The host's own stack has nothing to say on the guest's wire.
         Link::no_own_addresses(tap.index),
         Link::up(tap.index),
@@ -71,6 +69,29 @@ pub fn join(netns: &Netns, link: &Link, tap: &Tap, model: Model) -> Result<(), N
         redirect(link.index, tap.index),
         redirect(tap.index, link.index),
     ];
+    netns.socket()?.send(requests).map_err(|e| netns.netlink(e))
+}
+
+fn mtu(tap: &Tap, mtu: u32) -> Request {
+    Link::set("set the MTU of a tap", tap.index, libc::IFF_NOARP, libc::IFF_NOARP)
+        .attr_u32(libc::IFLA_MTU, mtu)
+}
+
+/// Follows an interface whose MTU was changed after it was joined.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn set_mtu(netns: &Netns, tap: &Tap, value: u32) -> Result<(), NetworkError> {
+    netns.socket()?.send(vec![mtu(tap, value)]).map_err(|e| netns.netlink(e))
+}
+
+/// Takes a tap out of use after the interface it was joined to has gone: nothing that the
+/// guest sends goes anywhere, and it may be joined again.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn part(netns: &Netns, tap: &Tap) -> Result<(), NetworkError> {
+    let requests = vec![Link::down(tap.index), remove_ingress(tap.index)];
     netns.socket()?.send(requests).map_err(|e| netns.netlink(e))
 }
 

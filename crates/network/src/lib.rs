@@ -27,7 +27,7 @@ pub use check::check;
 pub use dns::{loopback_nameserver, serve_dns};
 pub use error::NetworkError;
 pub use guest::{Attachment, guest_network};
-pub use join::{Model, join, let_answers_in, unjoin};
+pub use join::{Model, join, let_answers_in, part, set_mtu, unjoin};
 pub use kata_netlink::{Address, InvalidMac, Link, LinkKind, Mac, Neighbour, Prefix, Route};
 pub use netns::Netns;
 pub use scan::{NetnsState, scan};

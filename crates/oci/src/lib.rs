@@ -65,12 +65,40 @@ pub struct Mount {
     pub source: Option<PathBuf>,
     /// `mount(8)`-like options.
     pub options: Vec<String>,
+    /// User ids of an idmapped mount.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// Group ids of an idmapped mount.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gid_mappings: Vec<IdMapping>,
 }
 
 impl Mount {
     /// Whether this is a bind mount of a host path.
     pub fn is_bind(&self) -> bool {
         self.kind == "bind" || self.options.iter().any(|o| o == "bind" || o == "rbind")
+    }
+
+    /// What the share between host and guest cannot carry.
+    fn check(&self) -> Result<(), SpecError> {
+        let field = match (self.uid_mappings.as_slice(), self.gid_mappings.as_slice()) {
+            ([], []) => {
+                let mapped = |option: &&String| matches!(option.as_str(), "idmap" | "ridmap");
+                let Some(option) = self.options.iter().find(mapped) else { return Ok(()) };
+                let problem = format!(
+                    "of {} has {option:?}: idmapped mounts are not supported in a VM",
+                    self.destination.display()
+                );
+                return Err(SpecError::Invalid { field: "mounts.options", problem });
+            }
+            ([], _) => "mounts.gidMappings",
+            _ => "mounts.uidMappings",
+        };
+        let problem = format!(
+            "of {} is set: idmapped mounts are not supported in a VM; leave it out",
+            self.destination.display()
+        );
+        Err(SpecError::Invalid { field, problem })
     }
 
     /// Whether the options ask for a read-only mount.
@@ -165,6 +193,7 @@ impl Spec {
                     return invalid("mounts", "has an entry without a destination");
                 }
             }
+            mount.check()?;
         }
         if let Some(linux) = &self.linux {
             linux.check()?;
@@ -192,9 +221,23 @@ pub(crate) fn from_slice<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result
             _ => {}
         }
     }
+    if !may_hold_null(bytes) {
+        return Ok(serde_json::from_slice(bytes)?);
+    }
     let mut value: serde_json::Value = serde_json::from_slice(bytes)?;
     without_nulls(&mut value);
     Ok(serde_json::from_value(value)?)
+}
+
+/// Whether a `null` may be among the values; some texts look alike. Engines write few, and
+/// reading without looking for them is much less work where the processor is emulated.
+fn may_hold_null(bytes: &[u8]) -> bool {
+    const NULL: &[u8] = b"null";
+    let before = |at: usize| bytes[..at].iter().rev().find(|byte| !byte.is_ascii_whitespace());
+    bytes
+        .windows(NULL.len())
+        .enumerate()
+        .any(|(at, word)| word == NULL && matches!(before(at), None | Some(b':' | b',' | b'[')))
 }
 
 #[cfg(test)]
@@ -216,6 +259,50 @@ mod tests {
     fn null_means_absent() {
         let text = MINIMAL.replace(r#""unknown""#, r#""mounts":null,"hooks":null,"unknown""#);
         assert!(Spec::parse(text.as_bytes()).unwrap().mounts.is_empty());
+    }
+
+    #[test]
+    fn texts_with_null_in_them_are_no_nulls() {
+        let text = MINIMAL.replace(r#""sh""#, r#""/dev/null", "null", " ,null""#);
+        let spec = Spec::parse(text.as_bytes()).unwrap();
+        assert_eq!(spec.process.unwrap().args, ["/dev/null", "null", " ,null"]);
+        assert!(may_hold_null(b"[1,\n null]") && may_hold_null(br#"{"a" : null}"#));
+        assert!(!may_hold_null(br#"["/dev/null"]"#));
+    }
+
+    #[test]
+    fn idmapped_mounts_are_refused_by_name() {
+        for (mount, named) in [
+            (
+                r#"{"destination":"/x","uidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+                "mounts.uidMappings of /x",
+            ),
+            (
+                r#"{"destination":"/x","gidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+                "mounts.gidMappings of /x",
+            ),
+            (r#"{"destination":"/x","options":["bind","idmap"]}"#, "mounts.options of /x"),
+        ] {
+            let text = MINIMAL.replace(r#""unknown""#, &format!(r#""mounts":[{mount}],"unknown""#));
+            let error = Spec::parse(text.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn time_offsets_are_checked() {
+        let spec = |offsets: &str, time: &str| {
+            let linux = format!(r#""timeOffsets":{offsets},"namespaces":[{{"type":"pid"}}{time}]"#);
+            let text = MINIMAL.replace(r#""namespaces":[{"type":"pid"}]"#, &linux);
+            Spec::parse(text.as_bytes())
+        };
+        let new = r#",{"type":"time"}"#;
+        let day = r#"{"boottime":{"secs":86400,"nanosecs":5}}"#;
+        assert_eq!(spec(day, new).unwrap().linux().time_offsets["boottime"].secs, 86400);
+        for (offsets, time) in [(day, ""), (r#"{"realtime":{"secs":1}}"#, new)] {
+            let error = spec(offsets, time).unwrap_err().to_string();
+            assert!(error.contains("linux.timeOffsets"), "{error}");
+        }
     }
 
     #[test]

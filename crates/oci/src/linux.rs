@@ -35,6 +35,18 @@ pub struct Linux {
     pub mount_label: Option<String>,
     /// `personality(2)`.
     pub personality: Option<Personality>,
+    /// Offsets of the clocks of a new time namespace: `monotonic`, `boottime`.
+    pub time_offsets: BTreeMap<String, TimeOffset>,
+}
+
+/// What is added to a clock.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(default)]
+pub struct TimeOffset {
+    /// Seconds.
+    pub secs: i64,
+    /// Nanoseconds.
+    pub nanosecs: u32,
 }
 
 /// One namespace.
@@ -189,6 +201,8 @@ pub struct Pids {
 pub struct BlockIo {
     /// 10 to 1000.
     pub weight: Option<u16>,
+    /// Weights of single devices.
+    pub weight_device: Vec<DeviceWeight>,
     /// Bytes a second.
     pub throttle_read_bps_device: Vec<Throttle>,
     /// Bytes a second.
@@ -199,6 +213,20 @@ pub struct BlockIo {
     /// Operations a second.
     #[serde(rename = "throttleWriteIOPSDevice")]
     pub throttle_write_iops_device: Vec<Throttle>,
+}
+
+/// The weight of a device.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DeviceWeight {
+    /// Major number.
+    pub major: i64,
+    /// Minor number.
+    pub minor: i64,
+    /// 10 to 1000.
+    pub weight: Option<u16>,
+    /// For tasks beside child cgroups; no scheduler that is left knows it.
+    pub leaf_weight: Option<u16>,
 }
 
 /// A rate on a device.
@@ -300,6 +328,20 @@ impl Linux {
                 });
             }
             seen.push(namespace.kind);
+        }
+        self.check_time_offsets()
+    }
+
+    fn check_time_offsets(&self) -> Result<(), SpecError> {
+        let invalid =
+            |problem: String| Err(SpecError::Invalid { field: "linux.timeOffsets", problem });
+        let clocks = ["monotonic", "boottime"];
+        if let Some(clock) = self.time_offsets.keys().find(|c| !clocks.contains(&c.as_str())) {
+            return invalid(format!("names the clock {clock:?}: say monotonic or boottime"));
+        }
+        let new = self.namespace(NamespaceKind::Time).is_some_and(|time| time.path.is_none());
+        if !self.time_offsets.is_empty() && !new {
+            return invalid("needs a new time namespace".to_owned());
         }
         Ok(())
     }

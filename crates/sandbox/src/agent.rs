@@ -3,6 +3,7 @@
 use crate::SandboxError;
 use kata_channel::Stream;
 use kata_protocol::{Id, VERSION, agent as message, agent_ttrpc::AgentClient};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ttrpc::asynchronous::{Client, transport::Socket};
 use ttrpc::context::{self, Context};
@@ -112,12 +113,14 @@ impl Agent {
     pub(crate) async fn create(
         &self,
         container: &Id,
+        bundle: &Path,
         spec: Vec<u8>,
         stdio: message::Stdio,
         network: Option<message::Network>,
     ) -> Result<(), SandboxError> {
         let request = message::CreateContainerRequest {
             container_id: container.to_string(),
+            bundle: bundle.display().to_string(),
             spec,
             stdio: Some(stdio).into(),
             network: network.into(),

@@ -22,6 +22,10 @@ pub enum SandboxError {
     Network(#[from] kata_network::NetworkError),
     #[error("virtual machine: {0}")]
     Hypervisor(#[from] kata_hypervisor::HypervisorError),
+    #[error(
+        "the container is on more networks than its virtual machine has room for ({networks}): disconnect it from one: {source}"
+    )]
+    NoRoom { networks: usize, source: kata_hypervisor::HypervisorError },
     #[error("devices process: {0}")]
     Devices(#[from] kata_devices::Error),
     #[error("channel to the guest: {0}")]

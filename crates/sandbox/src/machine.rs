@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{OnceCell, watch};
+use tokio::task::AbortHandle;
 
 /// How long a call that failed waits to learn which death was the cause.
 const CAUSE: Duration = Duration::from_millis(500);
@@ -62,7 +63,8 @@ pub(crate) struct Machine {
     cgroup: Cgroup,
     network: tokio::sync::Mutex<Option<Network>>,
     resolv_conf: Option<PathBuf>,
-    dns: OnceCell<()>,
+    /// The resolver whose answers are carried to the guest, and what carries them.
+    dns: tokio::sync::Mutex<Option<(IpAddr, AbortHandle)>>,
     lost: watch::Sender<Option<String>>,
     stopping: AtomicBool,
     stopped: OnceCell<()>,
@@ -120,7 +122,7 @@ impl Machine {
             cgroup,
             network: tokio::sync::Mutex::new(network),
             resolv_conf: boot.resolv_conf.map(Path::to_owned),
-            dns: OnceCell::new(),
+            dns: tokio::sync::Mutex::default(),
             lost: watch::Sender::new(None),
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
@@ -299,18 +301,33 @@ impl Machine {
     pub(crate) async fn network_change(&self) -> Result<Option<message::Network>, SandboxError> {
         let mut slot = self.network.lock().await;
         let Some(network) = slot.as_mut() else { return Ok(None) };
+        self.plug_nics(network).await?;
+        self.sync_network(network).await
+    }
+
+    /// A NIC for each interface that has none.
+    async fn plug_nics(&self, network: &mut Network) -> Result<(), SandboxError> {
         for _ in 0..network.missing()? {
             let (tap, mac) = network.add_spare()?;
             let nic = vm_config::nic(tap, mac);
-            self.hypervisor.lock().await.plug(Device::Nic(nic)).await?;
+            let plugged = self.hypervisor.lock().await.plug(Device::Nic(nic)).await;
+            if let Err(source) = plugged {
+                return Err(SandboxError::NoRoom { networks: network.take_back(), source });
+            }
         }
+        Ok(())
+    }
+
+    async fn sync_network(
+        &self,
+        network: &mut Network,
+    ) -> Result<Option<message::Network>, SandboxError> {
         let resolver = self.resolver();
         let change = network.sync(resolver)?;
-        if let (Some(address), Some(_)) = (resolver, &change) {
-            let netns = network.netns();
-            self.dns.get_or_try_init(|| self.serve_dns(netns, address)).await?;
+        if change.is_some() {
+            self.serve_dns(network.netns(), resolver).await?;
         }
-        Ok(change.map(|change| change.network))
+        Ok(change)
     }
 
     /// Docker's embedded resolver listens on a loopback address of the namespace, which
@@ -320,14 +337,28 @@ impl Machine {
         kata_network::loopback_nameserver(&text)
     }
 
-    async fn serve_dns(&self, netns: Arc<Netns>, address: IpAddr) -> Result<(), SandboxError> {
+    /// Carries the guest's questions to this resolver from now on, on a stream of its own.
+    async fn serve_dns(
+        &self,
+        netns: Arc<Netns>,
+        resolver: Option<IpAddr>,
+    ) -> Result<(), SandboxError> {
+        let mut served = self.dns.lock().await;
+        if served.as_ref().map(|(address, _)| *address) == resolver {
+            return Ok(());
+        }
+        if let Some((_, old)) = served.take() {
+            old.abort();
+        }
+        let Some(address) = resolver else { return Ok(()) };
         let stream = self.channel.open(&StreamHeader::dns()).await?;
         let sandbox = self.sandbox.clone();
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             if let Err(error) = kata_network::serve_dns(&netns, address, stream).await {
                 tracing::warn!(%sandbox, %error, "names are no longer resolved for the guest");
             }
         });
+        *served = Some((address, task.abort_handle()));
         Ok(())
     }
 
@@ -353,11 +384,23 @@ impl Machine {
         };
         let mut changes = kata_network::Changes::watch(&netns)?;
         loop {
-            if let Some(network) = self.network_change().await? {
-                self.call(self.agent.configure_network(&network)).await?;
+            if let Err(error) = self.follow_once().await {
+                tracing::warn!(sandbox = %self.sandbox, %error,
+                    "the guest's network is not what the engine made it");
             }
             changes.next().await?;
         }
+    }
+
+    /// What fails of a change does not keep later ones from being followed.
+    async fn follow_once(&self) -> Result<(), SandboxError> {
+        let mut slot = self.network.lock().await;
+        let Some(network) = slot.as_mut() else { return Ok(()) };
+        let plugged = self.plug_nics(network).await;
+        if let Some(network) = self.sync_network(network).await? {
+            self.call(self.agent.configure_network(&network)).await?;
+        }
+        plugged
     }
 
     /// Ends the machine: the guest writes back what it holds, then everything goes.

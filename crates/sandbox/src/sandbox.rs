@@ -231,7 +231,8 @@ impl Sandbox {
         let streams = std::mem::take(&mut request.stdio.streams);
         process.set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
         let spec = bundle.plan.spec.clone();
-        machine.call(machine.agent().create(&bundle.id, spec, message, network)).await?;
+        let created = machine.agent().create(&bundle.id, &bundle.path, spec, message, network);
+        machine.call(created).await?;
         machine.mark("container created");
         let container = Arc::new(Container::new(bundle, process));
         self.follow(machine, &container, Arc::clone(&container.init));

@@ -2,11 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kata_e2e::command::{self, PATIENCE};
-use kata_e2e::docker::Docker;
+use kata_e2e::docker::{Container, Docker};
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
 
@@ -15,10 +16,13 @@ pub fn trials() -> Vec<Trial<Docker>> {
         Both: default_bridge_reaches_gateway_and_neighbour, network_none_has_loopback_only,
             published_port_answers, published_udp_port_answers, user_network_resolves_names,
             ipv6_network_works, several_networks_give_several_interfaces,
-            network_can_be_joined_while_running, mtu_is_the_networks,
-            fixed_address_and_mac_are_kept, alias_resolves_to_all;
+            network_can_be_joined_while_running, networks_come_and_go_many_times,
+            names_are_resolved_after_a_network_is_joined, mtu_is_the_networks,
+            mtu_may_change_later, fixed_address_and_mac_are_kept, alias_resolves_to_all,
+            container_may_serve_dns_on_all_addresses;
         Kata: host_network_is_refused_with_a_reason,
-            network_of_another_container_is_refused_with_a_reason;
+            network_of_another_container_is_refused_with_a_reason,
+            too_many_networks_are_refused_with_a_reason;
     ]
 }
 
@@ -43,7 +47,7 @@ fn default_bridge_reaches_gateway_and_neighbour(docker: &Docker) -> Result<()> {
 const FALLBACK: [&str; 7] = ["sit0", "tunl0", "ip6tnl0", "dummy0", "gre0", "gretap0", "erspan0"];
 
 fn network_none_has_loopback_only(docker: &Docker) -> Result<()> {
-    let seen = docker.sh("--network none", "ls /sys/class/net; ip -4 addr show lo | grep -o 127.0.0.1/8; ping -c1 -W5 127.0.0.1 > /dev/null && echo alive; ip route")?;
+    let seen = docker.sh("--network none", &format!("{INTERFACES}; ip -4 addr show lo | grep -o 127.0.0.1/8; ping -c1 -W5 127.0.0.1 > /dev/null && echo alive; ip route"))?;
     let seen =
         seen.split_whitespace().filter(|w| !FALLBACK.contains(w)).collect::<Vec<_>>().join(" ");
     ensure!(seen == "lo 127.0.0.1/8 alive", "{seen}");
@@ -144,6 +148,106 @@ fn network_can_be_joined_while_running(docker: &Docker) -> Result<()> {
     command::eventually("the second interface is gone", PATIENCE, || {
         Ok(!container.exec("ip -4 -o addr")?.contains(&address))
     })
+}
+
+/// Interfaces of a container as every way to list them shows them, joined by spaces.
+const INTERFACES: &str = "set -e; a=$(ls /sys/class/net | sort | xargs); \
+    b=$(tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort | xargs); \
+    c=$(ip -o link | cut -d: -f2 | cut -d@ -f1 | sort | xargs); \
+    [ \"$a\" = \"$b\" ] && [ \"$a\" = \"$c\" ] && echo $a";
+
+fn interfaces(container: &Container<'_>) -> Result<Vec<String>> {
+    let seen = container.exec(INTERFACES)?;
+    let seen = seen.split_whitespace().filter(|name| !FALLBACK.contains(name));
+    Ok(seen.map(str::to_owned).collect())
+}
+
+fn networks_come_and_go_many_times(docker: &Docker) -> Result<()> {
+    let networks = [docker.network("")?, docker.network("")?];
+    let servers = networks
+        .iter()
+        .map(|network| docker.detached(&format!("--network {}", network.name), SERVE))
+        .collect::<Result<Vec<_>>>()?;
+    let container = docker.sleeper("")?;
+    // More often than a machine has places for NICs.
+    for round in 0..8 {
+        let (network, server) = (&networks[round % 2], &servers[round % 2]);
+        docker.ok(&format!("network connect {} {}", network.name, container.name))?;
+        let address = server.address(&network.name)?;
+        command::eventually("the network can be used", PATIENCE, || {
+            // The engine counts on with each name it gives.
+            let page = format!("timeout 5 wget -qO- http://{address}/");
+            Ok(interfaces(&container)?.len() == 3 && container.exec(&page)?.contains("hello"))
+        })?;
+        docker.ok(&format!("network disconnect {} {}", network.name, container.name))?;
+        command::eventually("the interface is gone", PATIENCE, || {
+            Ok(interfaces(&container)? == ["eth0", "lo"])
+        })?;
+    }
+    // The last one may go, too, and come back.
+    docker.ok(&format!("network disconnect bridge {}", container.name))?;
+    command::eventually("only lo is left", PATIENCE, || Ok(interfaces(&container)? == ["lo"]))?;
+    docker.ok(&format!("network connect bridge {}", container.name))?;
+    command::eventually("the default network is back", PATIENCE, || {
+        let gateway = "ping -c1 -W5 $(ip route | awk '/default/ { print $3 }') > /dev/null";
+        Ok(interfaces(&container)?.len() == 2 && container.exec(gateway).is_ok())
+    })
+}
+
+fn names_are_resolved_after_a_network_is_joined(docker: &Docker) -> Result<()> {
+    let network = docker.network("")?;
+    let server = docker.detached(&format!("--network {}", network.name), SERVE)?;
+    let container = docker.sleeper("")?;
+    docker.ok(&format!("network connect {} {}", network.name, container.name))?;
+    command::eventually("the server is found by its name", PATIENCE, || {
+        let page =
+            container.exec(&format!("timeout 5 wget -qO- http://{}/ || true", server.name))?;
+        Ok(page == "hello from the image")
+    })
+}
+
+fn mtu_may_change_later(docker: &Docker) -> Result<()> {
+    let container = docker.sleeper("")?;
+    let pid = docker.inspect(&container.name)?["State"]["Pid"].to_string();
+    let change = format!("-t {pid} -n ip link set eth0 mtu 1300");
+    command::ok(Command::new("nsenter").args(command::words(&change)))?;
+    command::eventually("the container's interface has the MTU", PATIENCE, || {
+        Ok(container.exec("cat /sys/class/net/eth0/mtu")? == "1300")
+    })?;
+    container
+        .exec("ping -c1 -W20 -s 1272 $(ip route | awk '/default/ { print $3 }') > /dev/null")?;
+    Ok(())
+}
+
+/// The engine's own resolver does not take port 53 from the container.
+fn container_may_serve_dns_on_all_addresses(docker: &Docker) -> Result<()> {
+    let network = docker.network("")?;
+    let options = format!("--network {}", network.name);
+    let server = docker.detached(&options, SERVE)?;
+    let container = docker.detached(&options, "probe udp-echo 53")?;
+    let seen = container.exec(&format!("timeout 5 wget -qO- http://{}/", server.name))?;
+    ensure!(seen == "hello from the image", "{seen}");
+    let address = container.address(&network.name)?;
+    let asked = docker.sh(&options, &format!("probe udp-ask {address} 53"))?;
+    ensure!(asked == "answered", "{asked}");
+    let seen = docker.sh(&options, &format!("nslookup {}", container.name))?;
+    ensure!(seen.contains(&address), "{seen}");
+    Ok(())
+}
+
+fn too_many_networks_are_refused_with_a_reason(docker: &Docker) -> Result<()> {
+    let networks = (0..5).map(|_| docker.network("")).collect::<Result<Vec<_>>>()?;
+    let container = docker.created(&format!("--network {}", networks[0].name), "sleep 100000")?;
+    for network in &networks[1..] {
+        docker.ok(&format!("network connect {} {}", network.name, container.name))?;
+    }
+    let output = docker.cmd(&format!("start {}", container.name))?;
+    ensure!(output.code != 0 && output.err().contains("room for (4)"), "{output}");
+    docker.ok(&format!("network disconnect {} {}", networks[4].name, container.name))?;
+    docker.ok(&format!("start {}", container.name))?;
+    let seen = interfaces(&container)?;
+    ensure!(seen == ["eth0", "eth1", "eth2", "eth3", "lo"], "{seen:?}");
+    Ok(())
 }
 
 fn mtu_is_the_networks(docker: &Docker) -> Result<()> {

@@ -15,6 +15,7 @@ fn main() {
             std::hint::spin_loop();
         },
         Some("udp-echo") => return echo_datagrams(),
+        Some("udp-ask") => return ask_datagram(),
         _ => {}
     }
     let seen = json!({
@@ -49,6 +50,24 @@ fn echo_datagrams() {
     while let Ok((count, from)) = socket.recv_from(&mut buffer) {
         socket.send_to(&buffer[..count], from).ok();
     }
+}
+
+/// Says whether a server of [`echo_datagrams`] at an address and port answers.
+fn ask_datagram() {
+    let words: Vec<String> = std::env::args().skip(2).collect();
+    let (Some(address), Some(port)) = (words.first(), words.get(1)) else { return };
+    let Ok(socket) = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)) else {
+        return;
+    };
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(2))).ok();
+    for _ in 0..10 {
+        socket.send_to(b"ask", format!("{address}:{port}")).ok();
+        let mut buffer = [0; 16];
+        if matches!(socket.recv(&mut buffer), Ok(3)) {
+            return println!("answered");
+        }
+    }
+    println!("silent");
 }
 
 fn text(path: &str) -> String {

@@ -1,7 +1,8 @@
 //! `startContainer` hooks: programs of the container that run before its own.
 
 use super::failure::{Context, Failure, Step};
-use kata_oci::{Hook, Spec, State, Status};
+use super::wire::Config;
+use kata_oci::{Hook, State, Status};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -9,24 +10,23 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 /// Most of a failed hook's complaint that is shown.
 const MAX_COMPLAINT: u64 = 4096;
 
 /// Runs the hooks in order; the first that fails is an error.
-pub(super) fn run(id: &str, spec: &Spec) -> Step {
+pub(super) fn run(config: &Config) -> Step {
+    let spec = &config.spec;
     let Some(hooks) = spec.hooks.as_ref().filter(|hooks| !hooks.start_container.is_empty()) else {
         return Ok(());
     };
-    let bundle = spec.root.as_ref().and_then(|root| root.path.parent()).map(PathBuf::from);
     let state = State {
         oci_version: spec.oci_version.clone(),
-        id: id.to_owned(),
+        id: config.id.clone(),
         status: Status::Created,
         pid: rustix::process::getpid().as_raw_nonzero().get(),
-        bundle: bundle.unwrap_or_default(),
+        bundle: config.bundle.clone(),
         annotations: spec.annotations.clone(),
     };
     let state = serde_json::to_vec(&state)

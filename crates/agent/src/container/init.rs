@@ -251,7 +251,7 @@ fn start(
     if let Some(filter) = filter {
         filter.install()?;
     }
-    hooks::run(&config.id, &config.spec)?;
+    hooks::run(config)?;
     channel.send(&ToAgent::Executing, &[]).context(|| "tell the agent")?;
     process::reset_signals();
     Err(process::execute(&path, &args, &strings))

@@ -58,6 +58,19 @@ pub struct ProcessIo {
     pub stderr: Option<OwnedFd>,
 }
 
+/// A container to be built.
+#[derive(Debug)]
+pub struct NewContainer {
+    /// Its id.
+    pub id: Id,
+    /// The bundle's directory on the host.
+    pub bundle: PathBuf,
+    /// Its specification, with paths of the guest.
+    pub spec: Spec,
+    /// Rows and columns of its terminal.
+    pub size: Option<(u16, u16)>,
+}
+
 /// A process that was built.
 #[derive(Debug)]
 pub struct Built {
@@ -167,13 +180,11 @@ impl Default for Builder {
 /// # Errors
 /// [`ContainerError`]; nothing is left behind then.
 pub async fn create(
-    id: &Id,
-    spec_json: &[u8],
+    container: NewContainer,
     io: ProcessIo,
     join_cgroup: impl FnOnce(i32) -> io::Result<()> + Send,
-    size: Option<(u16, u16)>,
 ) -> Result<(Built, Created), ContainerError> {
-    Builder::default().create(id, spec_json, io, join_cgroup, size).await
+    Builder::default().create(container, io, join_cgroup).await
 }
 
 /// [`Builder::exec`] with the running program.
@@ -200,19 +211,17 @@ impl Builder {
     /// Builds a container up to the point where its program would run.
     ///
     /// `join_cgroup` gets the pid that is to be put into the container's cgroup before
-    /// anything else happens. `size` is rows and columns of the terminal.
+    /// anything else happens.
     ///
     /// # Errors
     /// [`ContainerError`]; nothing is left behind then.
     pub async fn create(
         &self,
-        id: &Id,
-        spec_json: &[u8],
+        container: NewContainer,
         io: ProcessIo,
         join_cgroup: impl FnOnce(i32) -> io::Result<()> + Send,
-        size: Option<(u16, u16)>,
     ) -> Result<(Built, Created), ContainerError> {
-        let mut spec = Spec::parse(spec_json)?;
+        let NewContainer { id, bundle, mut spec, size } = container;
         check(&spec)?;
         let Some(process) = spec.process.take() else {
             return Err(ContainerError::Unsupported(
@@ -227,6 +236,7 @@ impl Builder {
         fds.add_io(io, process.terminal);
         let config = Config {
             id: id.to_string(),
+            bundle,
             exec: false,
             size: size.or_else(|| console_size(&process)),
             spec,
@@ -235,7 +245,7 @@ impl Builder {
             fds: Vec::new(),
         };
         let (built, channel, config) = self.build(config, fds, join_cgroup).await?;
-        let profile = Arc::new(Profile::new(id, config));
+        let profile = Arc::new(Profile::new(&id, config));
         Ok((built, Created { channel, profile }))
     }
 
@@ -263,6 +273,7 @@ impl Builder {
         fds.add_io(io, process.terminal);
         let config = Config {
             id: profile.id.to_string(),
+            bundle: PathBuf::new(),
             exec: true,
             size: size.or_else(|| console_size(&process)),
             spec: profile.spec.clone(),

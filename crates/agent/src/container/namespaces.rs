@@ -74,6 +74,7 @@ pub(super) fn build(config: &Config, channel: &Channel) -> Step {
         become_root()?;
     }
     unshare(wanted).context(|| "make namespaces")?;
+    set_clocks(&linux)?;
     if all(&linux).intersects(CloneFlags::CLONE_NEWPID | NEW_TIME) { fork(channel) } else { Ok(()) }
 }
 
@@ -86,6 +87,17 @@ pub(super) fn join(config: &Config, target: BorrowedFd<'_>, channel: &Channel) -
         become_root()?;
     }
     if flags.intersects(CloneFlags::CLONE_NEWPID | NEW_TIME) { fork(channel) } else { Ok(()) }
+}
+
+/// The clocks of a new time namespace can be set only while nobody is in it: this process
+/// is not, its children will be.
+fn set_clocks(linux: &Linux) -> Step {
+    for (clock, offset) in &linux.time_offsets {
+        let line = format!("{clock} {} {}\n", offset.secs, offset.nanosecs);
+        fs::write("/proc/self/timens_offsets", line)
+            .context(|| format!("set the {clock} clock of linux.timeOffsets"))?;
+    }
+    Ok(())
 }
 
 /// Root of the user namespace, so that what is made belongs to somebody in it.

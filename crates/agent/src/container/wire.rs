@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -53,6 +54,8 @@ pub(super) enum FdRole {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Config {
     pub id: String,
+    /// The bundle's directory on the host, as hooks are told.
+    pub bundle: PathBuf,
     /// Join the container of [`FdRole::Target`] instead of building one.
     pub exec: bool,
     /// The container; without `process` and seccomp.

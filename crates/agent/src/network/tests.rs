@@ -28,15 +28,14 @@ fn device(nic: usize) -> Mac {
 }
 
 /// What `configure` does, in a namespace. A pair's end counts as a NIC.
-fn configure_in(guest: &Netns, network: &agent::Network) -> Result<(), NetworkError> {
+fn configure_in(
+    guest: &Netns,
+    parking: &mut Parking,
+    network: &agent::Network,
+) -> Result<(), NetworkError> {
     let work = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let wanted = Wanted::parse(network)?;
-            let mut socket = Socket::open()?;
-            let (links, indexes) = devices(&mut socket, &wanted).await?;
-            apply(&mut socket, &wanted, &links, &indexes, |link| link.kind == LinkKind::Veth)
-        })
+        runtime.block_on(configure_nics(network, parking, |link| link.kind == LinkKind::Veth))
     };
     guest.run(work).unwrap()
 }
@@ -59,14 +58,14 @@ fn told(netns: &Netns) -> agent::Network {
 }
 
 /// The order that routes need is the scan's; `told` sorts for the comparison only.
-fn take_over(host: &Netns, guest: &Netns) {
+fn take_over(host: &Netns, guest: &Netns, parking: &mut Parking) {
     let state = scan(host).unwrap();
     let mut links = state.links.clone();
     links.sort_by(|a, b| a.name.cmp(&b.name));
     let nics = links.iter().enumerate();
     let attached: Vec<_> =
         nics.map(|(nic, link)| Attachment { link: link.index, device: device(nic) }).collect();
-    configure_in(guest, &guest_network(&state, &attached)).unwrap();
+    configure_in(guest, parking, &guest_network(&state, &attached)).unwrap();
 }
 
 /// A container's network as an engine might make it.
@@ -118,6 +117,13 @@ impl Engine {
             veth(&container, &format!("eth{n}"), &outside, &format!("peer{n}"));
             ip(&outside, &format!("link set peer{n} up"));
             ip(&container, &interface.lines(n, vendor));
+        }
+        // The kernel gives link-local addresses when it notices that there is a peer.
+        let link_local = |interface: &agent::Interface| {
+            interface.addresses.iter().any(|address| address.starts_with("fe80:"))
+        };
+        while !told(&container).interfaces.iter().all(link_local) {
+            std::thread::sleep(Duration::from_millis(1));
         }
         (container, outside)
     }
@@ -175,12 +181,13 @@ proptest! {
         first in engine(), second in engine(), vendor: Vendor
     ) {
         let (guest, _wire) = guest(3);
+        let mut parking = Parking::default();
         for engine in [first, second] {
             let (container, _outside) = engine.build(vendor);
-            take_over(&container, &guest);
+            take_over(&container, &guest, &mut parking);
             prop_assert_eq!(told(&guest), told(&container));
             // Nothing changes when it is said again.
-            take_over(&container, &guest);
+            take_over(&container, &guest, &mut parking);
             prop_assert_eq!(told(&guest), told(&container));
         }
     }
@@ -205,9 +212,10 @@ fn network(interfaces: Vec<agent::Interface>) -> agent::Network {
 #[test]
 fn interfaces_may_trade_names() {
     let (guest, _wire) = guest(2);
+    let mut parking = Parking::default();
     let both = |a, b| network(vec![interface(0, a, "10.0.0.2/24"), interface(1, b, "10.1.0.2/24")]);
     for (a, b) in [("eth0", "eth1"), ("eth1", "eth0"), ("nic1", "nic0")] {
-        configure_in(&guest, &both(a, b)).unwrap();
+        configure_in(&guest, &mut parking, &both(a, b)).unwrap();
         let state = scan(&guest).unwrap();
         let named = |nic| state.links.iter().find(|l| l.mac == Some(device(nic))).unwrap();
         assert_eq!((named(0).name.as_str(), named(1).name.as_str()), (a, b));
@@ -220,7 +228,7 @@ fn a_nic_that_is_plugged_later_is_waited_for() {
     std::thread::scope(|scope| {
         let wanted = network(vec![interface(0, "eth0", "10.0.0.2/24")]);
         let guest = &guest;
-        let waiting = scope.spawn(move || configure_in(guest, &wanted));
+        let waiting = scope.spawn(move || configure_in(guest, &mut Parking::default(), &wanted));
         std::thread::sleep(Duration::from_millis(200));
         assert!(!waiting.is_finished(), "nothing was there to configure");
         veth(guest, "nic0", &wire, "peer0");
@@ -233,10 +241,42 @@ fn a_nic_that_is_plugged_later_is_waited_for() {
 #[test]
 fn lo_is_up_even_without_a_network() {
     let (guest, _wire) = guest(0);
-    configure_in(&guest, &agent::Network::default()).unwrap();
+    configure_in(&guest, &mut Parking::default(), &agent::Network::default()).unwrap();
     let bind = || std::net::UdpSocket::bind("127.0.0.11:0").map(drop);
     guest.run(bind).unwrap().unwrap();
     guest.run(|| std::net::UdpSocket::bind("[::1]:0").map(drop)).unwrap().unwrap();
+}
+
+/// Names of all interfaces, also of those that are down.
+fn names(guest: &Netns) -> Vec<String> {
+    let all = guest.run(|| Link::all(&mut Socket::open().unwrap()).unwrap()).unwrap();
+    let mut names: Vec<_> = all.into_iter().map(|link| link.name).collect();
+    names.retain(|name| name == "lo" || name.starts_with("eth") || name.starts_with("nic"));
+    names.sort();
+    names
+}
+
+#[test]
+fn unused_nics_are_out_of_sight_until_they_are_wanted() {
+    let (guest, _wire) = guest(2);
+    let mut parking = Parking::default();
+    configure_in(&guest, &mut parking, &agent::Network::default()).unwrap();
+    assert_eq!(names(&guest), ["lo"]);
+    for round in 0..5 {
+        let nic = round % 2;
+        let one = network(vec![interface(nic, "eth0", "10.0.0.2/24")]);
+        configure_in(&guest, &mut parking, &one).unwrap();
+        assert_eq!(names(&guest), ["eth0", "lo"]);
+        let state = scan(&guest).unwrap();
+        assert_eq!(state.links[0].mac, Some(device(nic)));
+        assert_eq!(state.addresses[0].prefix.to_string(), "10.0.0.2/24");
+        let both =
+            vec![interface(nic, "eth0", "10.0.0.2/24"), interface(1 - nic, "eth1", "10.1.0.2/24")];
+        configure_in(&guest, &mut parking, &network(both)).unwrap();
+        assert_eq!(names(&guest), ["eth0", "eth1", "lo"]);
+        configure_in(&guest, &mut parking, &agent::Network::default()).unwrap();
+        assert_eq!(names(&guest), ["lo"]);
+    }
 }
 
 #[test]
@@ -249,8 +289,10 @@ fn what_a_container_made_for_itself_stays() {
          link set tun7 up",
     );
     let one = network(vec![interface(0, "eth0", "10.0.0.2/24")]);
-    configure_in(&guest, &one).unwrap();
-    configure_in(&guest, &network(vec![interface(0, "eth0", "10.0.0.3/24")])).unwrap();
+    let mut parking = Parking::default();
+    configure_in(&guest, &mut parking, &one).unwrap();
+    let other = network(vec![interface(0, "eth0", "10.0.0.3/24")]);
+    configure_in(&guest, &mut parking, &other).unwrap();
     let state = scan(&guest).unwrap();
     let addresses: Vec<_> = state.addresses.iter().map(|a| a.prefix.to_string()).collect();
     assert!(addresses.contains(&"192.168.7.1/24".to_owned()), "{addresses:?}");

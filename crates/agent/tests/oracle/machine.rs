@@ -1,6 +1,6 @@
 //! Runs one `config.json` by our builder and by another runtime, and takes what it wrote.
 
-use kata_agent::container::{Builder, ContainerError, ProcessIo, Profile};
+use kata_agent::container::{Builder, ContainerError, NewContainer, ProcessIo, Profile};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -195,11 +195,16 @@ fn pipe() -> (std::io::PipeReader, ProcessIo) {
     (reader, io)
 }
 
+/// What our builder takes for a configuration.
+pub fn container(config: &Value) -> Result<NewContainer, ContainerError> {
+    let spec = kata_oci::Spec::parse(config.to_string().as_bytes())?;
+    let id = fresh_id().parse().unwrap();
+    Ok(NewContainer { id, bundle: PathBuf::from("/the/bundle"), spec, size: None })
+}
+
 /// Starts a configuration by our builder.
 pub async fn start(config: &Value, io: ProcessIo) -> Result<Running, ContainerError> {
-    let id = fresh_id().parse().unwrap();
-    let spec = config.to_string();
-    let (built, created) = builder().create(&id, spec.as_bytes(), io, |_| Ok(()), None).await?;
+    let (built, created) = builder().create(container(config)?, io, |_| Ok(())).await?;
     let profile = created.profile();
     match created.start().await {
         Ok(()) => Ok(Running { pid: built.pid, profile }),
