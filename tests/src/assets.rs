@@ -16,9 +16,10 @@ pub const CTL: &str = "/usr/bin/kata-ctl";
 /// The configuration a user edits.
 pub const CONFIG: &str = "/etc/kata-containers/configuration.toml";
 
-/// The top of the source tree.
+/// The top of the source tree, or of what `KATA_E2E_SOURCE` says was built elsewhere.
 pub fn source() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    env::var_os("KATA_E2E_SOURCE")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
 }
 
 /// Scratch space for arenas.

@@ -6,7 +6,7 @@
 use std::arch::asm;
 use std::time::Instant;
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,9 @@ const PRESENT_WRITABLE: u64 = 0b11;
 const LARGE_PAGE: u64 = 1 << 7;
 /// The loop is long enough for the clock when it takes this long natively.
 const LONG_ENOUGH_NS: u64 = 500_000;
+/// How often each is run. The fastest counts: a busy host slows some runs down, and speeds
+/// none up.
+const RUNS: u32 = 5;
 
 /// How long the loop took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,9 +53,10 @@ fn failed(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> TestError {
 pub(crate) fn run() -> Result<Outcome, TestError> {
     let mut rounds = 1 << 16;
     let native_ns = loop {
-        let start = Instant::now();
-        native(rounds);
-        let elapsed = start.elapsed().as_nanos() as u64;
+        let elapsed = fastest(|| {
+            native(rounds);
+            Ok(())
+        })?;
         if elapsed >= LONG_ENOUGH_NS {
             break elapsed;
         }
@@ -62,12 +66,25 @@ pub(crate) fn run() -> Result<Outcome, TestError> {
     let vm = kvm.create_vm().map_err(failed("create a VM"))?;
     map_memory(&vm)?;
     let mut vcpu = vm.create_vcpu(0).map_err(failed("create a virtual CPU"))?;
+    // A CPU without features may not enter long mode: KVM checks, where it does not interpret.
+    let features = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+    let features = features.map_err(failed("ask for the CPU's features"))?;
+    vcpu.set_cpuid2(&features).map_err(failed("give the CPU its features"))?;
     enter_long_mode(&vcpu)?;
     // Once to have all in place, once for the clock.
     guest(&mut vcpu, 1)?;
-    let start = Instant::now();
-    guest(&mut vcpu, rounds)?;
-    Ok(Outcome { native_ns, vm_ns: start.elapsed().as_nanos() as u64 })
+    Ok(Outcome { native_ns, vm_ns: fastest(|| guest(&mut vcpu, rounds))? })
+}
+
+/// How long the fastest of some runs takes, ns.
+fn fastest(mut run: impl FnMut() -> Result<(), TestError>) -> Result<u64, TestError> {
+    let mut best = u64::MAX;
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        run()?;
+        best = best.min(start.elapsed().as_nanos() as u64);
+    }
+    Ok(best)
 }
 
 fn native(rounds: u64) {
