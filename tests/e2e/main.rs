@@ -7,6 +7,7 @@ mod containerd;
 mod ctl;
 mod docker;
 mod failure;
+mod kvm;
 mod podman;
 mod standalone;
 
@@ -95,6 +96,9 @@ impl Suites<'_> {
         self.one(&named("failure"), runtime, failure::trials(), |arena| {
             Oci::new(arena, runtime, probe)
         });
+        if kvm::is_expected() || self.arena.is_none() {
+            self.one("kvm", runtime, kvm::trials(), |arena| Docker::start(arena, runtime, probe));
+        }
         self.one("kata-ctl", runtime, ctl::trials(), |arena| Oci::new(arena, runtime, probe));
     }
 

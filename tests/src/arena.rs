@@ -41,17 +41,33 @@ impl Arena {
 
 /// Runs `main` inside an arena; the exit code is its own, or 2 when there is no arena.
 ///
-/// `scratch` is a directory in which work directories may be made.
+/// `scratch` is a directory in which work directories may be made. With
+/// `KATA_E2E_ARENA=host` in the environment the machine itself is the arena.
 pub fn enter(scratch: &Path, main: impl FnOnce(&Arena) -> ExitCode) -> ExitCode {
     let code = match std::env::var(STAGE).as_deref() {
         Err(_) => outside(scratch),
         Ok("init") => reap(),
+        Ok("host") => return whole_host(scratch, main),
         Ok(_) => inside().map(|arena| main(&arena)),
     };
     code.unwrap_or_else(|error| {
         eprintln!("arena: {error:#}");
         ExitCode::from(2)
     })
+}
+
+/// For a machine that is the tests' own, such as the KVM test host: nothing is hidden, so
+/// that they meet its systemd, its daemons and its control groups as a user's containers do.
+fn whole_host(scratch: &Path, main: impl FnOnce(&Arena) -> ExitCode) -> ExitCode {
+    let name = format!("kata-e2e-{}", std::process::id());
+    let work = scratch.join(&name);
+    if let Err(error) = fs::create_dir_all(&work) {
+        eprintln!("arena: make {}: {error}", work.display());
+        return ExitCode::from(2);
+    }
+    let code = main(&Arena { name: name.clone(), work: work.clone() });
+    remove(&work, &name);
+    code
 }
 
 fn outside(scratch: &Path) -> Result<ExitCode> {

@@ -1,0 +1,80 @@
+//! What is different on a host with KVM: run where `KATA_E2E_KVM=1` says that there is one,
+//! such as the KVM test host (`tests/kvm-host`).
+
+use std::fs;
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use kata_e2e::assets::RUNTIME;
+use kata_e2e::command;
+use kata_e2e::docker::Docker;
+use kata_e2e::runner::Trial;
+use kata_e2e::trials;
+
+/// Whether this machine is said to have a working KVM.
+pub fn is_expected() -> bool {
+    std::env::var_os("KATA_E2E_KVM").is_some_and(|value| value == "1")
+}
+
+pub fn trials() -> Vec<Trial<Docker>> {
+    trials!["machine":
+        Kata: self_test_finds_kvm, monitor_uses_kvm_vsock_and_vhost_net,
+            guest_has_the_hosts_processor, clock_is_kvms_and_right;
+    ]
+}
+
+/// The command lines of the monitors that run now.
+fn monitors() -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if line.contains("qemu-system") && line.contains("-name sandbox-") {
+            lines.push(line);
+        }
+    }
+    Ok(lines)
+}
+
+fn self_test_finds_kvm(_: &Docker) -> Result<()> {
+    let check = command::ok(Command::new(RUNTIME).arg("kata-check"))?.out();
+    let line = check.lines().find(|line| line.contains("accelerator")).unwrap_or_default();
+    ensure!(line.starts_with("ok") && line.contains("accelerator: kvm"), "{check}");
+    let environment = command::ok(Command::new(RUNTIME).arg("kata-env"))?.out();
+    ensure!(environment.contains("kvm"), "{environment}");
+    Ok(())
+}
+
+fn monitor_uses_kvm_vsock_and_vhost_net(docker: &Docker) -> Result<()> {
+    let container = docker.sleeper("")?;
+    let lines = monitors()?;
+    ensure!(lines.len() == 1, "{lines:?}");
+    for part in ["-accel kvm", "-cpu host", "vhost-vsock", "vhost=on"] {
+        ensure!(lines[0].contains(part), "{part:?} is not in {}", lines[0]);
+    }
+    ensure!(container.exec("echo over vsock")? == "over vsock");
+    Ok(())
+}
+
+fn guest_has_the_hosts_processor(docker: &Docker) -> Result<()> {
+    let model = |text: &str| -> Option<String> {
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    let guest = model(&docker.sh("", "cat /proc/cpuinfo")?);
+    let host = model(&fs::read_to_string("/proc/cpuinfo")?);
+    ensure!(guest == host && guest.is_some(), "host {host:?}, guest {guest:?}");
+    Ok(())
+}
+
+fn clock_is_kvms_and_right(docker: &Docker) -> Result<()> {
+    let clock = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let said = docker.sh("", &format!("cat {clock}; date +%s"))?;
+    let (source, seconds) = said.split_once('\n').context("two lines")?;
+    ensure!(source == "kvm-clock" || source == "tsc", "the clock is {source}");
+    let host = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let behind = host.abs_diff(seconds.trim().parse()?);
+    ensure!(behind <= 5, "guest and host are {behind} s apart");
+    Ok(())
+}
