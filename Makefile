@@ -21,7 +21,7 @@ configdir := $(PREFIX)/share/defaults/kata-containers
 
 .DEFAULT_GOAL := all
 .PHONY: all help deps deps-check host agent guest kernel distro-guest tuned-guest install uninstall \
-        try test unit e2e e2e-runc bench fmt lint deny clean
+        try test unit e2e e2e-runc kvm-test bench fmt lint deny clean
 
 all: deps-check host guest ## build the host binary, the agent and the guest images
 
@@ -92,6 +92,10 @@ e2e: ## end-to-end tests only
 
 e2e-runc: ## prove the end-to-end tests themselves, on runc
 	@KATA_E2E_RUNTIME=runc scripts/test e2e
+
+kvm-test: kernel all ## the tests of what differs under KVM, on an emulated host that has it
+	$(CARGO) build -q -p kata-e2e
+	@tests/kvm-host/kvm-host test fast
 
 bench: ## measure what SPECIFICATION.md promises
 	@scripts/bench

@@ -41,8 +41,6 @@ fn self_test_finds_kvm(_: &Docker) -> Result<()> {
     let check = command::ok(Command::new(RUNTIME).arg("kata-check"))?.out();
     let line = check.lines().find(|line| line.contains("accelerator")).unwrap_or_default();
     ensure!(line.starts_with("ok") && line.contains("accelerator: kvm"), "{check}");
-    let environment = command::ok(Command::new(RUNTIME).arg("kata-env"))?.out();
-    ensure!(environment.contains("kvm"), "{environment}");
     Ok(())
 }
 
@@ -70,11 +68,17 @@ fn guest_has_the_hosts_processor(docker: &Docker) -> Result<()> {
 
 fn clock_is_kvms_and_right(docker: &Docker) -> Result<()> {
     let clock = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let before = now()?;
     let said = docker.sh("", &format!("cat {clock}; date +%s"))?;
-    let (source, seconds) = said.split_once('\n').context("two lines")?;
+    let after = now()?;
+    let (source, guest) = said.split_once('\n').context("two lines")?;
     ensure!(source == "kvm-clock" || source == "tsc", "the clock is {source}");
-    let host = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    let behind = host.abs_diff(seconds.trim().parse()?);
-    ensure!(behind <= 5, "guest and host are {behind} s apart");
+    let guest: u64 = guest.trim().parse()?;
+    ensure!((before - 1..=after + 1).contains(&guest), "{guest} is not in {before} to {after}");
     Ok(())
+}
+
+/// Seconds since 1970.
+fn now() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())
 }
