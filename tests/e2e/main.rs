@@ -4,6 +4,7 @@
 //! us. `KATA_E2E_RUNTIME=runc` stops after the proof.
 
 mod containerd;
+mod cri;
 mod ctl;
 mod docker;
 mod failure;
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
     };
     if selection.list {
         for runtime in ["runc", "kata-runtime"] {
-            Suites { selection: &selection, arena: None, tally: Tally::default() }
+            Suites { selection: &selection, arena: None, threads: 1, tally: Tally::default() }
                 .all(runtime, Path::new(""));
         }
         return ExitCode::SUCCESS;
@@ -53,7 +54,8 @@ fn main() -> ExitCode {
 }
 
 fn suites(arena: &Arena, selection: &Selection) -> Result<Tally> {
-    let mut suites = Suites { selection, arena: Some(arena), tally: Tally::default() };
+    let threads = selection.threads;
+    let mut suites = Suites { selection, arena: Some(arena), threads, tally: Tally::default() };
     let runtimes = assets::runtimes()?;
     let probe = assets::beside("kata-e2e-probe")?;
     if runtimes.contains(&"kata-runtime") {
@@ -74,6 +76,8 @@ fn suites(arena: &Arena, selection: &Selection) -> Result<Tally> {
 struct Suites<'a> {
     selection: &'a Selection,
     arena: Option<&'a Arena>,
+    /// How many trials of a suite run at a time.
+    threads: usize,
     tally: Tally,
 }
 
@@ -93,6 +97,12 @@ impl Suites<'_> {
         self.one(&named("containerd"), runtime, containerd::trials(), |arena| {
             Containerd::start(arena, runtime, probe, "")
         });
+        self.one(&named("cri"), runtime, cri::trials(), |arena| cri::start(arena, runtime, probe));
+        let threads = std::mem::replace(&mut self.threads, 1);
+        self.one(&named("cri"), runtime, cri::lonely_trials(), |arena| {
+            cri::start(arena, runtime, probe)
+        });
+        self.threads = threads;
         self.one(&named("failure"), runtime, failure::trials(), |arena| {
             Oci::new(arena, runtime, probe)
         });
@@ -126,7 +136,7 @@ impl Suites<'_> {
         let result = guarded(|| {
             before = Some(Snapshot::take(arena)?);
             let context = start(arena)?;
-            self.tally += run(name, trials, &context, self.selection.threads);
+            self.tally += run(name, trials, &context, self.threads);
             Ok(())
         });
         if result.is_err() {

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -32,7 +33,7 @@ pub struct Containerd {
     pub runtime: &'static str,
     /// The private machine it runs on.
     pub arena: Arena,
-    daemon: Child,
+    daemon: Mutex<Child>,
     log: PathBuf,
 }
 
@@ -48,16 +49,20 @@ impl Containerd {
         fs::create_dir_all("/etc/containerd")?;
         fs::write("/etc/containerd/config.toml", configuration(arena, handlers))?;
         let log = arena.work.join(format!("containerd-{runtime}.log"));
-        let daemon = spawn(&log)?;
-        let mut containerd = Self { runtime, arena: arena.clone(), daemon, log };
+        let daemon = Mutex::new(spawn(&log)?);
+        let containerd = Self { runtime, arena: arena.clone(), daemon, log };
         containerd.wait_until_up()?;
         containerd.import(probe)?;
         Ok(containerd)
     }
 
-    fn wait_until_up(&mut self) -> Result<()> {
+    fn daemon(&self) -> MutexGuard<'_, Child> {
+        self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_until_up(&self) -> Result<()> {
         command::eventually("containerd answers", PATIENCE, || {
-            if let Some(status) = self.daemon.try_wait()? {
+            if let Some(status) = self.daemon().try_wait()? {
                 bail!("containerd ended with {status}:\n{}", self.log_tail());
             }
             Ok(Path::new(SOCKET).exists() && self.ctr("version").output()?.status.success())
@@ -165,16 +170,17 @@ impl Containerd {
     }
 
     /// Stops the daemon as an upgrade would, and starts it again; containers live on.
-    pub fn restart(&mut self) -> Result<()> {
+    pub fn restart(&self) -> Result<()> {
         self.stop()?;
-        self.daemon = spawn(&self.log)?;
+        *self.daemon() = spawn(&self.log)?;
         self.wait_until_up()
     }
 
     /// Stops the daemon and waits for it.
-    pub fn stop(&mut self) -> Result<()> {
-        kill(Pid::from_raw(i32::try_from(self.daemon.id())?), Signal::SIGTERM).ok();
-        match command::wait(&mut self.daemon, Duration::from_secs(30))? {
+    pub fn stop(&self) -> Result<()> {
+        let mut daemon = self.daemon();
+        kill(Pid::from_raw(i32::try_from(daemon.id())?), Signal::SIGTERM).ok();
+        match command::wait(&mut daemon, Duration::from_secs(30))? {
             Some(_) => Ok(()),
             None => bail!("containerd did not stop:\n{}", self.log_tail()),
         }

@@ -187,6 +187,9 @@ fn entries(dir: &Path, deep: usize, found: &mut impl FnMut(&Path)) {
 /// What Docker keeps by itself, and what is cached on purpose until the next boot.
 fn harmless(line: &str) -> bool {
     matches!(line, "link docker0" | "file /run/docker/netns/default")
+        // CNI's bridge plugin keeps its bridges.
+        || line.starts_with("link cni-")
+        || line.starts_with("link uplink")
         // runc's shims keep a directory for each namespace, and sockets that were killed.
         || line.starts_with("file /run/containerd/runc/")
         || matches!(

@@ -1,0 +1,68 @@
+//! Pods by containerd's CRI, driven as a kubelet would.
+
+mod containers;
+mod failures;
+mod load;
+mod networks;
+mod pods;
+mod resources;
+mod streaming;
+mod volumes;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use kata_e2e::arena::Arena;
+use kata_e2e::containerd::Containerd;
+use kata_e2e::cri::Cri;
+use kata_e2e::runner::Trial;
+
+/// All that may run side by side.
+pub fn trials() -> Vec<Trial<Cri>> {
+    let mut all = pods::trials();
+    all.extend(containers::trials());
+    all.extend(volumes::trials());
+    all.extend(resources::trials());
+    all.extend(streaming::trials());
+    all.extend(networks::trials());
+    all.extend(failures::trials());
+    all
+}
+
+/// Those that want the machine for themselves, to see whether it is as it was.
+pub fn lonely_trials() -> Vec<Trial<Cri>> {
+    load::trials()
+}
+
+/// Starts containerd with one runtime handler for each network.
+pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Cri> {
+    networks::make_uplink()?;
+    let kind = if runtime == "runc" { "io.containerd.runc.v2" } else { "io.containerd.kata.v2" };
+    let name = if runtime == "runc" { "runc" } else { "kata" };
+    let plugin = "plugins.\"io.containerd.grpc.v1.cri\"";
+    let mut lines = format!(
+        "    conf_dir = \"/etc/cni/net.d\"\n  [{plugin}.containerd]\n    default_runtime_name = \"{name}\"\n"
+    );
+    for network in networks::NETWORKS {
+        let handler = if network.name.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{name}-{}", network.name)
+        };
+        let dir =
+            format!("/etc/cni/{}.d", if network.name.is_empty() { "net" } else { network.name });
+        fs::create_dir_all(&dir)?;
+        for (n, text) in network.files.iter().enumerate() {
+            let path = format!("{dir}/{n}-{handler}.conflist");
+            fs::write(&path, text).with_context(|| format!("write {path}"))?;
+        }
+        let count = network.files.len();
+        lines.push_str(&format!(
+            "  [{plugin}.containerd.runtimes.{handler}]\n    runtime_type = \"{kind}\"\n    \
+             pod_annotations = [\"io.katacontainers.*\"]\n    privileged_without_host_devices = true\n    \
+             cni_conf_dir = \"{dir}\"\n    cni_max_conf_num = {count}\n"
+        ));
+    }
+    Cri::new(Containerd::start(arena, runtime, probe, &lines)?)
+}
