@@ -12,7 +12,6 @@ use kata_protocol::agent::{
     WaitResponse,
 };
 use kata_protocol::{Id, VERSION};
-use protobuf::MessageField;
 use tokio::sync::mpsc;
 use ttrpc::r#async::TtrpcContext;
 
@@ -189,7 +188,7 @@ impl Agent {
     fn stats(&self, request: &ContainerId) -> Result<StatsResponse, AgentError> {
         let container = self.containers.get(&request.container_id.parse()?)?;
         let used = container.cgroup()?.stats()?;
-        Ok(stats::response(used, stats::interfaces()))
+        Ok(kata_protocol::stats::response(used, stats::interfaces()))
     }
 
     fn update(&self, request: &UpdateRequest) -> Result<Empty, AgentError> {
@@ -337,9 +336,4 @@ impl kata_protocol::agent_ttrpc::Agent for Service {
         let written = tokio::task::spawn_blocking(rustix::fs::sync).await;
         Ok(written.map(|()| Empty::default()).map_err(|_| AgentError::GivenUp)?)
     }
-}
-
-/// A message field that is set.
-pub(crate) fn some<T>(message: T) -> MessageField<T> {
-    MessageField::some(message)
 }

@@ -1,59 +1,8 @@
-//! Turns what the kernel counts into the answer of `Stats`.
+//! Counters of the guest's interfaces, for the answer of `Stats`.
 
 use std::fs;
 
-use kata_cgroups::Stats;
-use kata_protocol::agent::{
-    CpuStats, InterfaceStats, IoStats, MemoryStats, PidsStats, StatsResponse,
-};
-
-use crate::service::some;
-
-/// The answer.
-pub fn response(used: Stats, interfaces: Vec<InterfaceStats>) -> StatsResponse {
-    StatsResponse {
-        cpu: some(CpuStats {
-            usage_usec: used.cpu.usage_usec,
-            user_usec: used.cpu.user_usec,
-            system_usec: used.cpu.system_usec,
-            periods: used.cpu.periods,
-            throttled_periods: used.cpu.throttled_periods,
-            throttled_usec: used.cpu.throttled_usec,
-            ..CpuStats::default()
-        }),
-        memory: some(MemoryStats {
-            usage: used.memory.usage,
-            limit: used.memory.limit,
-            peak: used.memory.peak,
-            swap_usage: used.memory.swap_usage,
-            swap_limit: used.memory.swap_limit,
-            failures: used.memory.failures,
-            oom_kills: used.memory.oom_kills,
-            stat: used.memory.stat.into_iter().collect(),
-            ..MemoryStats::default()
-        }),
-        pids: some(PidsStats {
-            current: used.pids.current,
-            limit: used.pids.limit,
-            ..PidsStats::default()
-        }),
-        io: used
-            .io
-            .into_iter()
-            .map(|io| IoStats {
-                major: io.major,
-                minor: io.minor,
-                read_bytes: io.read_bytes,
-                write_bytes: io.write_bytes,
-                read_ops: io.read_ops,
-                write_ops: io.write_ops,
-                ..IoStats::default()
-            })
-            .collect(),
-        interfaces,
-        ..StatsResponse::default()
-    }
-}
+use kata_protocol::agent::InterfaceStats;
 
 /// The guest's interfaces, but loopback.
 pub fn interfaces() -> Vec<InterfaceStats> {

@@ -39,6 +39,13 @@ impl Places {
             .map(|dir| dir.join("kata-containers/configuration.toml"))
     }
 
+    /// The configuration file of a runtime variant (`configuration-<variant>.toml`), if there
+    /// is one in any of the usual places.
+    pub fn variant(&self, variant: &str) -> Option<PathBuf> {
+        let name = format!("configuration-{variant}.toml");
+        self.configurations().map(|path| path.with_file_name(&name)).find(|path| path.is_file())
+    }
+
     /// Kernel and initramfs that belong together: the tuned pair, else the distribution's.
     /// When neither is there, the tuned names, for the message that says so.
     pub(crate) fn guest(&self) -> (PathBuf, PathBuf) {

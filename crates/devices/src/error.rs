@@ -49,6 +49,19 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A file system could not be mounted in the share.
+    #[error("cannot mount {} ({kind}) at {} in the share", source_path.display(), at.display())]
+    Mount {
+        /// Its type.
+        kind: String,
+        /// What was to be mounted.
+        source_path: PathBuf,
+        /// Where.
+        at: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// It could not be put into the share.
     #[error("cannot attach {} at {} in the share", source_path.display(), at.display())]
     Attach {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use rustix::net::{
 use crate::error::Error;
 use crate::handshake::{self, Message};
 use crate::mounts::{self, MountError};
+use crate::new_mount::NewMount;
 use crate::path::SharePath;
 use crate::serve::{Arguments, Cache, FD_HANDSHAKE, FD_LISTENER};
 
@@ -59,6 +60,7 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct DevicesProcess {
     child: Child,
+    dir: PathBuf,
     /// The line on which it says that it is ready, until it has.
     starting: Mutex<Option<UnixStream>>,
 }
@@ -88,7 +90,7 @@ impl DevicesProcess {
             launch = launch.stderr(stderr);
         }
         let child = launch.spawn()?;
-        Ok((Self { child, starting: Mutex::new(Some(ours)) }, connected))
+        Ok((Self { child, dir: dir.to_owned(), starting: Mutex::new(Some(ours)) }, connected))
     }
 
     /// The process, to watch its end.
@@ -134,6 +136,34 @@ impl DevicesProcess {
                 MountError::Io(e) if is_gone(&e) => self.died(),
                 MountError::Io(source) => Error::Attach { source_path, at, source },
             }
+        })
+    }
+
+    /// Mounts a file system at `at` in the share: `kind`, `source` and `options` as mount(8)
+    /// takes them; paths in them are the host's. The host itself never has it mounted.
+    pub fn mount(
+        &self,
+        kind: &str,
+        source: &str,
+        options: &[String],
+        at: &Path,
+    ) -> Result<(), Error> {
+        let at = SharePath::new(at)?;
+        self.ready()?;
+        let failed = |source_error: io::Error| Error::Mount {
+            kind: kind.to_owned(),
+            source_path: source.into(),
+            at: at.as_path().to_owned(),
+            source: source_error,
+        };
+        let mounted = NewMount::plan(kind, source, options).and_then(|m| m.detached(&self.dir));
+        let tree = mounted.map_err(failed)?;
+        mounts::mount_in(self.child.pidfd(), tree.as_fd(), &at).map_err(|e| match e {
+            MountError::Occupied => {
+                Error::Occupied { source_path: source.into(), at: at.as_path().to_owned() }
+            }
+            MountError::Io(e) if is_gone(&e) => self.died(),
+            MountError::Io(e) => failed(e),
         })
     }
 

@@ -24,6 +24,7 @@ mod handshake;
 mod host;
 mod logger;
 mod mounts;
+mod new_mount;
 mod path;
 mod seccomp;
 mod serve;

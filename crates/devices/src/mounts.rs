@@ -17,7 +17,7 @@ use rustix::thread::{
 use crate::path::SharePath;
 
 /// Stack of the short-lived threads that visit another namespace.
-const VISITOR_STACK: usize = 128 * 1024;
+pub(crate) const VISITOR_STACK: usize = 128 * 1024;
 
 /// No component may be a symbolic link, nor lead out of the tree or onto another mount.
 const STRICT: ResolveFlags = ResolveFlags::BENEATH

@@ -8,6 +8,7 @@
 //! into [`Id`] before they name anything.
 
 mod id;
+pub mod stats;
 mod stream;
 
 pub use id::{Id, InvalidId};

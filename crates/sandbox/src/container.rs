@@ -1,8 +1,9 @@
 //! One container of a sandbox: its specification and its processes.
 
-use crate::SandboxError;
 use crate::agent::ProcessRef;
 use crate::process::{Process, lock};
+use crate::sandbox::CreateRequest;
+use crate::{PodRole, SandboxError};
 use kata_oci::{Hooks, Spec, State, Status};
 use kata_protocol::Id;
 use kata_storage::Plan;
@@ -17,11 +18,14 @@ pub(crate) struct Bundle {
     pub path: PathBuf,
     pub spec: Spec,
     pub plan: Plan,
+    /// It is a container of the guest; not so what only stands for a pod.
+    pub in_guest: bool,
 }
 
 impl Bundle {
-    /// Reads `config.json` of the bundle at `path`.
-    pub(crate) fn load(id: &Id, path: &Path) -> Result<Self, SandboxError> {
+    /// Reads `config.json` of the bundle that is asked for.
+    pub(crate) fn load(request: &CreateRequest) -> Result<Self, SandboxError> {
+        let CreateRequest { id, bundle: path, .. } = request;
         let config = path.join("config.json");
         let raw = std::fs::read(&config)
             .map_err(|source| SandboxError::Bundle { path: config, source })?;
@@ -29,8 +33,11 @@ impl Bundle {
         let path = path
             .canonicalize()
             .map_err(|source| SandboxError::Bundle { path: path.to_owned(), source })?;
-        let plan = kata_storage::plan(id, &path, &raw, &spec)?;
-        Ok(Self { id: id.clone(), path, spec, plan })
+        let plan = kata_storage::plan(id, &path, &raw, &spec, &request.rootfs)?;
+        // Where a stand-in is the engine's process, the engine may join what is inside it.
+        let pod = PodRole::of(&spec.annotations)? == PodRole::Sandbox;
+        let in_guest = !pod || request.stand_in.is_some();
+        Ok(Self { id: id.clone(), path, spec, plan, in_guest })
     }
 
     pub(crate) fn hooks(&self) -> Hooks {
@@ -45,6 +52,8 @@ pub(crate) struct Container {
     pub spec: Spec,
     /// Where its root and volumes are in the share.
     pub attached: Vec<PathBuf>,
+    /// It is a container of the guest.
+    pub in_guest: bool,
     pub init: Arc<Process>,
     execs: Mutex<BTreeMap<Id, Arc<Process>>>,
     paused: AtomicBool,
@@ -58,6 +67,7 @@ impl Container {
             bundle: bundle.path,
             spec: bundle.spec,
             attached: bundle.plan.attachments.into_iter().map(|a| a.at).collect(),
+            in_guest: bundle.in_guest,
             init: Arc::new(init),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 /// Directory of all sandboxes of this host.
 pub const RUN_DIR: &str = "/run/kata-containers";
 
+const TASK_SOCKET: &str = "task.sock";
+
 /// One sandbox's directory. Holding one does not mean that it exists.
 #[derive(Clone, Debug)]
 pub struct SandboxDir {
@@ -55,7 +57,12 @@ impl SandboxDir {
 
     /// containerd's Task API.
     pub fn task_socket(&self) -> io::Result<SocketPath> {
-        SocketPath::new(&self.path, "task.sock")
+        SocketPath::new(&self.path, TASK_SOCKET)
+    }
+
+    /// Where [`SandboxDir::task_socket`] is found, for a link to a socket elsewhere.
+    pub fn task_link(&self) -> PathBuf {
+        self.path.join(TASK_SOCKET)
     }
 
     /// Where stand-ins hand over the engine's descriptors.

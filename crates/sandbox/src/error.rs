@@ -14,6 +14,8 @@ pub enum SandboxError {
     Spec(#[from] kata_oci::SpecError),
     #[error(transparent)]
     Id(#[from] kata_protocol::InvalidId),
+    #[error("annotation {kind} says \"container\", but {missing} is missing")]
+    Annotation { kind: &'static str, missing: &'static str },
     #[error("configuration: {0}")]
     Config(#[from] kata_config::ConfigError),
     #[error(transparent)]
@@ -60,6 +62,9 @@ pub enum SandboxError {
     NoProcess { container: String, exec: String },
     #[error("{0} exists already")]
     Exists(String),
+    /// What was to get a signal has ended; engines take this for success.
+    #[error("cannot signal {0}: it is stopped (process already finished)")]
+    Finished(String),
     #[error("cannot {what} {id}: it is {state}")]
     WrongState { what: &'static str, id: String, state: &'static str },
     #[error("{0} is not supported")]
@@ -69,15 +74,32 @@ pub enum SandboxError {
 }
 
 impl SandboxError {
+    /// What went wrong, with all its causes.
+    pub fn text(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            let more = error.to_string();
+            // Some messages hold their cause already.
+            if !text.contains(&more) {
+                text = format!("{text}: {more}");
+            }
+            cause = error.source();
+        }
+        text
+    }
+
     /// The ttRPC code by which engines tell errors apart.
     pub fn code(&self) -> ttrpc::Code {
         use ttrpc::Code;
         match self {
-            Self::NoContainer(_) | Self::NoProcess { .. } => Code::NOT_FOUND,
+            Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished(_) => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Spec(_) | Self::Id(_) | Self::Storage(_) => Code::INVALID_ARGUMENT,
+            Self::Spec(_) | Self::Id(_) | Self::Annotation { .. } | Self::Storage(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Agent { code, .. } => *code,
             Self::Lost(_) | Self::Late | Self::Silent { .. } => Code::UNAVAILABLE,
             _ => Code::UNKNOWN,

@@ -13,8 +13,10 @@ mod dir;
 mod error;
 mod hooks;
 mod io;
+mod life;
 mod machine;
 mod network;
+mod pod;
 mod process;
 mod sandbox;
 mod stages;
@@ -25,9 +27,11 @@ pub use agent::ProcessRef;
 pub use dir::{RUN_DIR, SandboxDir, SocketPath};
 pub use error::SandboxError;
 pub use io::{EngineStreams, watch_fd};
+pub use kata_storage::FileSystem;
+pub use pod::PodRole;
 pub use process::{Exit, ProcessStatus, Stdio, StdioPaths};
-pub use sandbox::{CreateRequest, Event, ProcessState, Sandbox};
-pub use state::{Resource, cleanup, start_time};
+pub use sandbox::{CreateRequest, Event, EventSink, ProcessState, Sandbox};
+pub use state::{MACHINE_ROLE, Resource, StateFile, cleanup, pid_of, start_time};
 
 /// The exit code of a process whose machine was lost: as if killed by SIGKILL.
 pub const LOST: u8 = 137;

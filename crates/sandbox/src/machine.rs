@@ -8,7 +8,7 @@ use crate::agent::{Agent, Guest, Hello};
 use crate::network::Network;
 use crate::process::lock;
 use crate::stages::Stages;
-use crate::state::{Resource, StateFile};
+use crate::state::{MACHINE_ROLE, Resource, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
 use kata_channel::HostChannel;
@@ -18,7 +18,7 @@ use kata_hypervisor::{Console, Device, Hypervisor, Qemu};
 use kata_network::Netns;
 use kata_oci::Spec;
 use kata_protocol::{Id, SHARE_MOUNT, SHARE_TAG, StreamHeader, agent as message};
-use kata_storage::Attachment;
+use kata_storage::{Attachment, Source};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -98,7 +98,7 @@ impl Machine {
             return Err(error.into());
         }
         let pid = hypervisor.pids().first().copied().unwrap_or_default();
-        lock(state).record_process(pid, "virtual machine")?;
+        lock(state).record_process(pid, MACHINE_ROLE)?;
         stages.mark("virtual machine started");
 
         let socket = hypervisor
@@ -191,6 +191,12 @@ impl Machine {
         self.cgroup.add(pid).map_err(|source| self.cgroup_error(source))
     }
 
+    /// What the sandbox's processes use on the host.
+    pub(crate) fn host_stats(&self) -> Result<message::StatsResponse, SandboxError> {
+        let used = self.cgroup.stats().map_err(|source| self.cgroup_error(source))?;
+        Ok(kata_protocol::stats::response(used, Vec::new()))
+    }
+
     fn cgroup_error(&self, source: CgroupError) -> SandboxError {
         SandboxError::Cgroup { path: self.cgroup.path(), source }
     }
@@ -199,7 +205,12 @@ impl Machine {
     pub(crate) fn attach(&self, attachments: &[Attachment]) -> Result<(), SandboxError> {
         for attachment in attachments {
             let Attachment { source, at, readonly, recursive } = attachment;
-            self.devices.attach(source, at, *readonly, *recursive)?;
+            match source {
+                Source::Path(path) => self.devices.attach(path, at, *readonly, *recursive)?,
+                Source::FileSystem(fs) => {
+                    self.devices.mount(&fs.kind, &fs.source, &fs.options, at)?;
+                }
+            }
         }
         self.mark("share attached");
         Ok(())

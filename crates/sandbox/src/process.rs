@@ -83,6 +83,7 @@ pub(crate) struct Process {
     pending: Mutex<Option<Pending>>,
     relay: Mutex<Option<std::sync::Arc<Relay>>>,
     status: watch::Sender<ProcessStatus>,
+    order: tokio::sync::Mutex<()>,
 }
 
 impl Process {
@@ -95,6 +96,7 @@ impl Process {
             pending: Mutex::new(None),
             relay: Mutex::new(None),
             status: watch::Sender::new(ProcessStatus::Created),
+            order: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -102,6 +104,12 @@ impl Process {
         let process = Self::new(reference, pid, &stdio);
         *lock(&process.pending) = Some(Pending { spec, stdio });
         process
+    }
+
+    /// Held while the process is started, and to tell that it ended: engines are told so
+    /// in this order.
+    pub(crate) async fn order(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.order.lock().await
     }
 
     pub(crate) fn take_pending(&self) -> Option<Pending> {

@@ -7,22 +7,50 @@
 use crate::agent::ProcessRef;
 use crate::container::{Bundle, Container, hook_state};
 use crate::io::Relay;
+use crate::life::status_word;
 use crate::machine::{Boot, Machine};
-use crate::process::{Exit, Process, ProcessStatus, Stdio, lock};
+use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
 use crate::state::{StateFile, remove_cgroup};
 use crate::{SandboxDir, SandboxError, hooks};
 use kata_network::Netns;
 use kata_oci::Status;
 use kata_protocol::{Id, limits};
+use kata_storage::FileSystem;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
-use tokio::sync::broadcast;
 
 /// Something an engine wants to hear of.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// A container was created.
+    Created {
+        /// Which.
+        container: Id,
+        /// Its bundle, as the engine named it.
+        bundle: PathBuf,
+        /// What its root is mounted from.
+        rootfs: Vec<FileSystem>,
+        /// Where its streams are.
+        paths: StdioPaths,
+        /// It has a terminal.
+        terminal: bool,
+        /// The host process that stands for it.
+        pid: i32,
+    },
+    /// A process was started.
+    Started {
+        /// Which.
+        process: ProcessRef,
+        /// The host process that stands for it.
+        pid: i32,
+    },
+    /// An exec is known, and not started yet.
+    ExecAdded {
+        /// Which.
+        process: ProcessRef,
+    },
     /// A process ended.
     Exit {
         /// Which.
@@ -32,12 +60,31 @@ pub enum Event {
         /// How.
         exit: Exit,
     },
+    /// A container was deleted.
+    Deleted {
+        /// Which.
+        container: Id,
+        /// The host process that stood for it.
+        pid: i32,
+        /// How it had ended.
+        exit: Exit,
+    },
+    /// A container was frozen, or set going again.
+    Paused {
+        /// Which.
+        container: Id,
+        /// It is frozen now.
+        paused: bool,
+    },
     /// A container ran out of memory.
     OutOfMemory {
         /// Which.
         container: Id,
     },
 }
+
+/// Who hears of events: called at once, in order, and must not wait.
+pub type EventSink = Box<dyn Fn(Event) + Send + Sync>;
 
 /// What an engine asks for with `create`.
 #[derive(Debug)]
@@ -46,6 +93,8 @@ pub struct CreateRequest {
     pub id: Id,
     /// Its bundle.
     pub bundle: PathBuf,
+    /// What the root is mounted from; none: it is mounted in the bundle already.
+    pub rootfs: Vec<FileSystem>,
     /// The first process's streams.
     pub stdio: Stdio,
     /// The host process that stands for the first process; none: the VMM does.
@@ -79,8 +128,8 @@ pub struct Sandbox {
     dir: SandboxDir,
     state: Mutex<StateFile>,
     machine: tokio::sync::Mutex<Option<Arc<Machine>>>,
-    containers: Mutex<BTreeMap<Id, Arc<Container>>>,
-    events: broadcast::Sender<Event>,
+    pub(crate) containers: Mutex<BTreeMap<Id, Arc<Container>>>,
+    events: EventSink,
 }
 
 impl Sandbox {
@@ -88,9 +137,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// The state file cannot be written.
-    pub fn new(id: Id) -> Result<Arc<Self>, SandboxError> {
+    pub fn new(id: Id, events: EventSink) -> Result<Arc<Self>, SandboxError> {
         let dir = SandboxDir::of(&id);
-        let mut state = StateFile::new(dir.clone());
+        let mut state = StateFile::open(dir.clone());
         state.record_process(std::process::id().cast_signed(), "sandbox server")?;
         Ok(Arc::new(Self {
             id,
@@ -98,7 +147,7 @@ impl Sandbox {
             state: Mutex::new(state),
             machine: tokio::sync::Mutex::default(),
             containers: Mutex::default(),
-            events: broadcast::Sender::new(256),
+            events,
         }))
     }
 
@@ -107,9 +156,17 @@ impl Sandbox {
         &self.id
     }
 
-    /// What happens from now on.
-    pub fn events(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+    pub(crate) fn emit(&self, event: Event) {
+        (self.events)(event);
+    }
+
+    /// Writes a stand-in down, and counts it in the sandbox's cgroup.
+    pub(crate) fn adopt_stand_in(&self, pid: i32) -> Result<(), SandboxError> {
+        lock(&self.state).record_process(pid, "stand-in")?;
+        match self.machine.try_lock() {
+            Ok(slot) => slot.as_ref().map_or(Ok(()), |machine| machine.adopt(pid)),
+            Err(_) => Ok(()),
+        }
     }
 
     /// Creates a container; the first one starts the machine. Its process waits for
@@ -118,7 +175,7 @@ impl Sandbox {
     /// # Errors
     /// See [`SandboxError`]; nothing of the container is left then.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<i32, SandboxError> {
-        let bundle = Bundle::load(&request.id, &request.bundle)?;
+        let bundle = Bundle::load(&request)?;
         self.check_room(&request.id)?;
         let mut slot = self.machine.lock().await;
         let booted = slot.is_none();
@@ -193,10 +250,12 @@ impl Sandbox {
     ) -> Result<Option<Netns>, SandboxError> {
         let linux = bundle.spec.linux();
         let named = linux.namespace(kata_oci::NamespaceKind::Network);
-        let path = match (request.stand_in, named.and_then(|n| n.path.clone())) {
+        let path = match (request.stand_in, named.map(|n| n.path.clone())) {
             (Some(pid), _) => PathBuf::from(format!("/proc/{pid}/ns/net")),
-            (None, Some(path)) => path,
-            (None, None) => return Ok(None),
+            (None, Some(Some(path))) => path,
+            // One of its own, in which nobody has put anything.
+            (None, Some(None)) => return Ok(None),
+            (None, None) => return Err(kata_network::NetworkError::Host.into()),
         };
         let netns = Netns::open(&path)?;
         kata_network::check(&netns, named.and_then(|n| n.path.as_deref()))?;
@@ -216,8 +275,9 @@ impl Sandbox {
         }
         let state = hook_state(&bundle.id, &bundle.path, &bundle.spec, Status::Creating, pid);
         let hooks = bundle.hooks();
+        let attachments = if bundle.in_guest { &bundle.plan.attachments[..] } else { &[] };
         let prepare = async {
-            machine.attach(&bundle.plan.attachments)?;
+            machine.attach(attachments)?;
             hooks::run("prestart", &hooks.prestart, &state).await?;
             hooks::run("createRuntime", &hooks.create_runtime, &state).await
         };
@@ -228,278 +288,30 @@ impl Sandbox {
         let message = request.stdio.message();
         let reference = ProcessRef { container: bundle.id.clone(), exec: None };
         let process = Process::new(reference, pid, &request.stdio);
-        let streams = std::mem::take(&mut request.stdio.streams);
-        process.set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
-        let spec = bundle.plan.spec.clone();
-        let created = machine.agent().create(&bundle.id, &bundle.path, spec, message, network);
-        machine.call(created).await?;
+        if bundle.in_guest {
+            let streams = std::mem::take(&mut request.stdio.streams);
+            process.set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
+            let spec = bundle.plan.spec.clone();
+            let agent = machine.agent();
+            machine.call(agent.create(&bundle.id, &bundle.path, spec, message, network)).await?;
+        } else if let Some(network) = network {
+            machine.call(machine.agent().configure_network(&network)).await?;
+        }
         machine.mark("container created");
         let container = Arc::new(Container::new(bundle, process));
-        self.follow(machine, &container, Arc::clone(&container.init));
+        if container.in_guest {
+            self.follow(machine, &container, Arc::clone(&container.init));
+        }
+        self.emit(Event::Created {
+            container: container.id.clone(),
+            bundle: request.bundle,
+            rootfs: request.rootfs,
+            paths: request.stdio.paths,
+            terminal: request.stdio.terminal,
+            pid,
+        });
         lock(&self.containers).insert(container.id.clone(), container);
         Ok(pid)
-    }
-
-    /// Starts a created container, or an exec. Returns its host pid.
-    ///
-    /// # Errors
-    /// See [`SandboxError`]; a command that cannot be executed leaves the process ended.
-    pub async fn start(self: &Arc<Self>, process: &ProcessRef) -> Result<i32, SandboxError> {
-        let container = self.container(&process.container)?;
-        let machine = self.machine().await?;
-        let found = container.process(process.exec.as_ref())?;
-        if found.status() != ProcessStatus::Created {
-            return Err(SandboxError::WrongState {
-                what: "start",
-                id: process.container.to_string(),
-                state: status_word(found.status()),
-            });
-        }
-        match &process.exec {
-            None => self.start_init(&machine, &container).await?,
-            Some(exec) => self.start_exec(&machine, &container, exec, &found).await?,
-        }
-        Ok(found.pid)
-    }
-
-    async fn start_init(
-        &self,
-        machine: &Arc<Machine>,
-        container: &Arc<Container>,
-    ) -> Result<(), SandboxError> {
-        // Engines may connect the network between create and start.
-        let network = machine.network_change().await?;
-        let started = machine.call(machine.agent().start(&container.id, network)).await;
-        if let Err(error) = started {
-            return Err(machine.explain(error).await);
-        }
-        container.init.running();
-        machine.mark("container started");
-        machine.write_stages();
-        machine.watch_network();
-        let hooks = container.spec.hooks.clone().unwrap_or_default();
-        let state = hook_state(
-            &container.id,
-            &container.bundle,
-            &container.spec,
-            Status::Running,
-            container.init.pid,
-        );
-        if let Err(error) = hooks::run("poststart", &hooks.poststart, &state).await {
-            // The specification: a failing poststart hook is logged, the container runs on.
-            tracing::warn!(sandbox = %self.id, container = %container.id, %error, "hook failed");
-        }
-        Ok(())
-    }
-
-    async fn start_exec(
-        self: &Arc<Self>,
-        machine: &Arc<Machine>,
-        container: &Arc<Container>,
-        exec: &Id,
-        process: &Arc<Process>,
-    ) -> Result<(), SandboxError> {
-        let Some(mut pending) = process.take_pending() else {
-            return Err(SandboxError::WrongState {
-                what: "start",
-                id: exec.to_string(),
-                state: "being started",
-            });
-        };
-        let message = pending.stdio.message();
-        let streams = std::mem::take(&mut pending.stdio.streams);
-        let relay = Relay::start(machine.channel(), &container.id, Some(exec), streams).await?;
-        process.set_relay(relay);
-        let reference = container.reference(Some(exec));
-        let started = machine.call(machine.agent().exec(&reference, pending.spec, message)).await;
-        if let Err(error) = started {
-            process.exited(Exit { code: 127, at: SystemTime::now() });
-            return Err(machine.explain(error).await);
-        }
-        process.running();
-        self.follow(machine, container, Arc::clone(process));
-        Ok(())
-    }
-
-    /// Makes an exec known; [`Sandbox::start`] runs it.
-    ///
-    /// # Errors
-    /// The container is not running, the process object is bad, or the id is taken.
-    pub fn exec(
-        &self,
-        process: &ProcessRef,
-        spec: Vec<u8>,
-        stdio: Stdio,
-        stand_in: Option<i32>,
-    ) -> Result<(), SandboxError> {
-        let container = self.container(&process.container)?;
-        let exec = process.exec.as_ref().ok_or(SandboxError::Unsupported("an exec without id"))?;
-        kata_oci::Process::parse(&spec)?;
-        if container.init.status() != ProcessStatus::Running || container.is_paused() {
-            let paused = container.is_paused();
-            return Err(SandboxError::WrongState {
-                what: "exec in",
-                id: container.id.to_string(),
-                state: if paused { "paused" } else { status_word(container.init.status()) },
-            });
-        }
-        let pid = stand_in.unwrap_or(container.init.pid);
-        if stand_in.is_some() {
-            lock(&self.state).record_process(pid, "stand-in")?;
-            if let Ok(slot) = self.machine.try_lock()
-                && let Some(machine) = slot.as_ref()
-            {
-                machine.adopt(pid)?;
-            }
-        }
-        container.add(exec, Process::pending(process.clone(), pid, spec, stdio))
-    }
-
-    /// What `state` tells about a process.
-    ///
-    /// # Errors
-    /// There is no such process.
-    pub fn process_state(&self, process: &ProcessRef) -> Result<ProcessState, SandboxError> {
-        let container = self.container(&process.container)?;
-        let found = container.process(process.exec.as_ref())?;
-        Ok(ProcessState {
-            bundle: container.bundle.clone(),
-            pid: found.pid,
-            status: found.status(),
-            paused: container.is_paused(),
-            terminal: found.terminal,
-            paths: found.paths.clone(),
-        })
-    }
-
-    /// Waits for the end of a process.
-    ///
-    /// # Errors
-    /// There is no such process.
-    pub async fn wait(&self, process: &ProcessRef) -> Result<Exit, SandboxError> {
-        let container = self.container(&process.container)?;
-        Ok(container.process(process.exec.as_ref())?.wait().await)
-    }
-
-    /// Sends a signal to a process, or to all of its container's.
-    ///
-    /// # Errors
-    /// There is no such process, or it has ended.
-    pub async fn kill(
-        &self,
-        process: &ProcessRef,
-        signal: u32,
-        all: bool,
-    ) -> Result<(), SandboxError> {
-        let container = self.container(&process.container)?;
-        let found = container.process(process.exec.as_ref())?;
-        if matches!(found.status(), ProcessStatus::Exited(_)) {
-            if all {
-                // Nobody is left to get it.
-                return Ok(());
-            }
-            return Err(SandboxError::WrongState {
-                what: "signal",
-                id: process.container.to_string(),
-                state: "stopped (process already finished)",
-            });
-        }
-        let machine = self.machine().await?;
-        machine.call(machine.agent().signal(process, signal, all)).await
-    }
-
-    /// Sets the size of a process's terminal.
-    ///
-    /// # Errors
-    /// There is no such process, or it has no terminal.
-    pub async fn resize(
-        &self,
-        process: &ProcessRef,
-        rows: u32,
-        columns: u32,
-    ) -> Result<(), SandboxError> {
-        let container = self.container(&process.container)?;
-        let found = container.process(process.exec.as_ref())?;
-        if found.status() != ProcessStatus::Running {
-            return Ok(());
-        }
-        let machine = self.machine().await?;
-        machine.call(machine.agent().resize(process, rows, columns)).await
-    }
-
-    /// The process gets what is in its input, and then end of file.
-    ///
-    /// # Errors
-    /// There is no such process.
-    pub fn close_stdin(&self, process: &ProcessRef) -> Result<(), SandboxError> {
-        let container = self.container(&process.container)?;
-        if let Some(relay) = container.process(process.exec.as_ref())?.relay() {
-            relay.close_stdin();
-        }
-        Ok(())
-    }
-
-    /// The host processes that stand for the container's living ones.
-    ///
-    /// # Errors
-    /// There is no such container.
-    pub fn pids(&self, container: &Id) -> Result<Vec<i32>, SandboxError> {
-        let container = self.container(container)?;
-        let alive = |process: &Arc<Process>| !matches!(process.status(), ProcessStatus::Exited(_));
-        Ok(container.processes().iter().filter(|p| alive(p)).map(|p| p.pid).collect())
-    }
-
-    /// What the container used.
-    ///
-    /// # Errors
-    /// There is no such container, or the guest cannot tell.
-    pub async fn stats(
-        &self,
-        container: &Id,
-    ) -> Result<kata_protocol::agent::StatsResponse, SandboxError> {
-        self.container(container)?;
-        let machine = self.machine().await?;
-        machine.call(machine.agent().stats(container)).await
-    }
-
-    /// Changes the container's limits.
-    ///
-    /// # Errors
-    /// The resources are bad, or the guest refuses.
-    pub async fn update(&self, container: &Id, resources: &[u8]) -> Result<(), SandboxError> {
-        self.container(container)?;
-        kata_oci::Resources::parse(resources)?;
-        let mut value: serde_json::Value =
-            serde_json::from_slice(resources).map_err(kata_oci::SpecError::from)?;
-        if let Some(map) = value.as_object_mut() {
-            kata_storage::guest_resources(map);
-        }
-        let machine = self.machine().await?;
-        machine.call(machine.agent().update(container, value.to_string().into_bytes())).await
-    }
-
-    /// Freezes the container's processes, or lets them go on.
-    ///
-    /// # Errors
-    /// There is no such container, it is not running, or the guest refuses.
-    pub async fn set_paused(&self, container: &Id, paused: bool) -> Result<(), SandboxError> {
-        let container = self.container(container)?;
-        let what = if paused { "pause" } else { "resume" };
-        let wrong = |state| SandboxError::WrongState { what, id: container.id.to_string(), state };
-        if container.init.status() != ProcessStatus::Running {
-            return Err(wrong(status_word(container.init.status())));
-        }
-        if container.is_paused() == paused {
-            return Err(wrong(if paused { "paused" } else { "not paused" }));
-        }
-        let machine = self.machine().await?;
-        if paused {
-            machine.call(machine.agent().pause(&container.id)).await?;
-        } else {
-            machine.call(machine.agent().resume(&container.id)).await?;
-        }
-        container.set_paused(paused);
-        Ok(())
     }
 
     /// Forgets a process that has ended; with the first process, the container.
@@ -526,7 +338,7 @@ impl Sandbox {
             }
         };
         let machine = self.machine.lock().await.clone();
-        if let Some(machine) = machine.filter(|machine| !machine.is_over()) {
+        if let Some(machine) = machine.filter(|machine| !machine.is_over() && container.in_guest) {
             let removed = machine.call(machine.agent().delete(process)).await;
             if let Err(error) = removed {
                 tracing::debug!(sandbox = %self.id, %error, "the guest had nothing to delete");
@@ -542,7 +354,11 @@ impl Sandbox {
                     lock(&self.state).forget_process(found.pid);
                 }
             }
-            None => self.forget(&container).await,
+            None => {
+                self.forget(&container).await;
+                let container = container.id.clone();
+                self.emit(Event::Deleted { container, pid: found.pid, exit });
+            }
         }
         Ok((found.pid, exit))
     }
@@ -572,6 +388,7 @@ impl Sandbox {
             return false;
         }
         self.end_machine().await;
+        lock(&self.state).remove_sockets();
         if let Err(error) = self.dir.remove() {
             tracing::warn!(sandbox = %self.id, %error, "cannot remove the sandbox's directory");
         }
@@ -595,95 +412,15 @@ impl Sandbox {
         }
     }
 
-    fn container(&self, id: &Id) -> Result<Arc<Container>, SandboxError> {
+    pub(crate) fn container(&self, id: &Id) -> Result<Arc<Container>, SandboxError> {
         lock(&self.containers)
             .get(id)
             .cloned()
             .ok_or_else(|| SandboxError::NoContainer(id.to_string()))
     }
 
-    async fn machine(&self) -> Result<Arc<Machine>, SandboxError> {
+    pub(crate) async fn machine(&self) -> Result<Arc<Machine>, SandboxError> {
         let machine = self.machine.lock().await.clone();
         machine.ok_or_else(|| SandboxError::Lost("its virtual machine has ended".to_owned()))
-    }
-
-    /// Follows a process to its end, and tells everybody.
-    fn follow(
-        self: &Arc<Self>,
-        machine: &Arc<Machine>,
-        container: &Arc<Container>,
-        process: Arc<Process>,
-    ) {
-        let (sandbox, machine, container) =
-            (Arc::clone(self), Arc::clone(machine), Arc::clone(container));
-        tokio::spawn(async move {
-            let ended = machine.call(machine.agent().wait(&process.reference)).await;
-            let code = match ended {
-                Ok(ended) => {
-                    if ended.oom_killed && process.reference.exec.is_none() {
-                        container.set_oom_killed();
-                    }
-                    if let Some(relay) = process.relay() {
-                        relay.end_input();
-                        tokio::select! {
-                            () = relay.delivered(ended.stdout_bytes, ended.stderr_bytes) => {}
-                            _cause = machine.lost() => {}
-                        }
-                    }
-                    ended.code
-                }
-                Err(_lost) => crate::LOST,
-            };
-            let exit = Exit { code, at: SystemTime::now() };
-            if process.exited(exit) {
-                let _ = sandbox.events.send(Event::Exit {
-                    process: process.reference.clone(),
-                    pid: process.pid,
-                    exit,
-                });
-            }
-            // The sandbox ends with its first container; what it holds is given back at once.
-            if process.reference.exec.is_none() && container.id == *machine.first_container() {
-                machine.stop().await;
-            }
-        });
-    }
-
-    /// Ends every process when the machine is lost, and reports memory exhaustion.
-    fn watch(self: &Arc<Self>, machine: &Arc<Machine>) {
-        let (sandbox, lost) = (Arc::clone(self), Arc::clone(machine));
-        tokio::spawn(async move {
-            let cause = lost.lost().await;
-            if !lost.is_stopping() {
-                tracing::error!(sandbox = %sandbox.id, %cause, "the sandbox is lost");
-            }
-            let containers: Vec<_> = lock(&sandbox.containers).values().cloned().collect();
-            let exit = Exit { code: crate::LOST, at: SystemTime::now() };
-            for process in containers.iter().flat_map(|container| container.processes()) {
-                if process.exited(exit) {
-                    let reference = process.reference.clone();
-                    let pid = process.pid;
-                    let _ = sandbox.events.send(Event::Exit { process: reference, pid, exit });
-                }
-            }
-            lost.stop().await;
-        });
-        let (sandbox, machine) = (Arc::clone(self), Arc::clone(machine));
-        tokio::spawn(async move {
-            if machine.ready().await.is_err() {
-                return;
-            }
-            while let Ok(container) = machine.call(machine.agent().next_oom()).await {
-                let _ = sandbox.events.send(Event::OutOfMemory { container });
-            }
-        });
-    }
-}
-
-fn status_word(status: ProcessStatus) -> &'static str {
-    match status {
-        ProcessStatus::Created => "created",
-        ProcessStatus::Running => "running",
-        ProcessStatus::Exited(_) => "stopped",
     }
 }

@@ -7,7 +7,7 @@
 use crate::{SandboxDir, SandboxError};
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Something on the host that outlives a crash of ours.
@@ -23,12 +23,20 @@ pub enum Resource {
         /// What it is, for messages.
         role: String,
     },
+    /// A unix socket outside of the sandbox's directory.
+    Socket {
+        /// `/run/containerd/s/<hash>`
+        path: PathBuf,
+    },
     /// A cgroup, relative to the hierarchies' roots.
     Cgroup {
         /// `/docker/<id>`
         path: String,
     },
 }
+
+/// Role of the virtual machine's process in the state file.
+pub const MACHINE_ROLE: &str = "virtual machine";
 
 impl Resource {
     /// A living process; none if it has ended.
@@ -45,9 +53,10 @@ pub struct StateFile {
 }
 
 impl StateFile {
-    /// An empty one.
-    pub fn new(dir: SandboxDir) -> Self {
-        Self { dir, resources: Vec::new() }
+    /// The file of the sandbox as it is; an empty one if there is none yet.
+    pub fn open(dir: SandboxDir) -> Self {
+        let resources = read(&dir);
+        Self { dir, resources }
     }
 
     /// Writes `resource` down. Returns once it is in the file.
@@ -80,9 +89,14 @@ impl StateFile {
     pub(crate) fn cgroups(&self) -> Vec<String> {
         let cgroup = |resource: &Resource| match resource {
             Resource::Cgroup { path } => Some(path.clone()),
-            Resource::Process { .. } => None,
+            Resource::Process { .. } | Resource::Socket { .. } => None,
         };
         self.resources.iter().filter_map(cgroup).collect()
+    }
+
+    /// Removes the sockets that were written down.
+    pub(crate) fn remove_sockets(&self) {
+        self.resources.iter().for_each(remove_socket);
     }
 
     fn write(&self) -> io::Result<()> {
@@ -100,13 +114,7 @@ impl StateFile {
 /// # Errors
 /// What could not be undone; the directory then stays, so that it can be tried again.
 pub fn cleanup(dir: &SandboxDir) -> Result<(), SandboxError> {
-    let resources = match std::fs::read(dir.state()) {
-        Ok(text) => serde_json::from_slice::<Vec<Resource>>(&text).unwrap_or_else(|error| {
-            tracing::warn!(path = %dir.state().display(), %error, "state file is damaged");
-            Vec::new()
-        }),
-        Err(_) => Vec::new(),
-    };
+    let resources = read(dir);
     for resource in &resources {
         if let Resource::Process { pid, start_time, role } = resource {
             end_process(*pid, *start_time, role)?;
@@ -116,8 +124,35 @@ pub fn cleanup(dir: &SandboxDir) -> Result<(), SandboxError> {
         if let Resource::Cgroup { path } = resource {
             remove_cgroup(path)?;
         }
+        remove_socket(resource);
     }
     dir.remove().map_err(|source| SandboxError::State { path: dir.path().to_owned(), source })
+}
+
+/// The pid of the process of this role that a sandbox wrote down, living or not.
+pub fn pid_of(dir: &SandboxDir, wanted: &str) -> Option<i32> {
+    read(dir).iter().find_map(|resource| match resource {
+        Resource::Process { pid, role, .. } if role == wanted => Some(*pid),
+        _ => None,
+    })
+}
+
+fn read(dir: &SandboxDir) -> Vec<Resource> {
+    let Ok(text) = std::fs::read(dir.state()) else { return Vec::new() };
+    serde_json::from_slice(&text).unwrap_or_else(|error| {
+        tracing::warn!(path = %dir.state().display(), %error, "state file is damaged");
+        Vec::new()
+    })
+}
+
+fn remove_socket(resource: &Resource) {
+    let Resource::Socket { path } = resource else { return };
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a socket");
+        }
+        _ => {}
+    }
 }
 
 pub(crate) fn remove_cgroup(path: &str) -> Result<(), SandboxError> {

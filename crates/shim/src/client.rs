@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use ttrpc::asynchronous::{Client as Ttrpc, transport::Socket};
 
 use crate::server::ServerArgs;
@@ -69,20 +70,13 @@ impl Client {
             _ => io("create the directory")(source),
         })?;
         let started = (|| {
-            let task = listen_stream(&dir).map_err(io("listen on task.sock"))?;
-            let attach = listen_packets(&dir).map_err(io("listen on attach.sock"))?;
-            let log: OwnedFd = File::create(dir.log()).map_err(io("create the log"))?.into();
-            let launch = |source| ClientError::Launch { sandbox: sandbox.clone(), source };
-            let args = ServerArgs { sandbox: sandbox.to_string() };
-            let title = format!("kata-sandbox {sandbox}");
-            Launch::role(Role::SandboxServer, title, &args)
-                .map_err(launch)?
-                .fd(task, TASK_FD)
-                .fd(attach, ATTACH_FD)
-                .stderr(log)
-                .new_session()
-                .spawn()
-                .map_err(launch)
+            let listeners = Listeners {
+                task: listen_stream(&dir).map_err(io("listen on task.sock"))?,
+                attach: Some(listen_packets(&dir).map_err(io("listen on attach.sock"))?),
+            };
+            let log = std::env::var("KATA_LOG").ok();
+            let args = ServerArgs { sandbox: sandbox.to_string(), engine: None, log };
+            launch(&dir, sandbox, &args, listeners)
         })();
         if let Err(error) = started {
             let _ = dir.remove();
@@ -120,6 +114,40 @@ impl Client {
     pub fn tasks(&self) -> &TaskClient {
         &self.tasks
     }
+}
+
+/// What a server listens on.
+pub(crate) struct Listeners {
+    /// Calls of the Task API.
+    pub task: OwnedFd,
+    /// Stand-ins; none where the engine names its streams by path.
+    pub attach: Option<OwnedFd>,
+}
+
+/// Starts the server process of the sandbox whose directory exists.
+pub(crate) fn launch(
+    dir: &SandboxDir,
+    sandbox: &Id,
+    args: &ServerArgs,
+    listeners: Listeners,
+) -> Result<(), ClientError> {
+    let log = File::create(dir.log()).map_err(|source| ClientError::Io {
+        what: "create the log",
+        sandbox: sandbox.clone(),
+        source,
+    })?;
+    let failed = |source| ClientError::Launch { sandbox: sandbox.clone(), source };
+    let title = format!("kata-sandbox {sandbox}");
+    let mut launch = Launch::role(Role::SandboxServer, title, args)
+        .map_err(failed)?
+        .fd(listeners.task, TASK_FD)
+        .stderr(log.into())
+        .directory(Path::new("/"))
+        .new_session();
+    if let Some(attach) = listeners.attach {
+        launch = launch.fd(attach, ATTACH_FD);
+    }
+    launch.spawn().map(drop).map_err(failed)
 }
 
 fn listen_stream(dir: &SandboxDir) -> io::Result<OwnedFd> {

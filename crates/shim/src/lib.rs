@@ -5,6 +5,8 @@
 
 pub mod attach;
 pub mod client;
+mod connections;
+mod containerd;
 pub mod options;
 pub mod server;
 mod stand_ins;
@@ -12,11 +14,4 @@ mod stats;
 mod stdio;
 mod task;
 
-/// `containerd-shim-kata-v2`, as containerd calls it; gives the exit code.
-pub fn shim_main() -> i32 {
-    eprintln!(
-        "containerd-shim-kata-v2: not supported yet: use kata-runtime as runtime of Docker or \
-         containerd's runc shim (BinaryName)"
-    );
-    1
-}
+pub use containerd::shim_main;

@@ -1,8 +1,12 @@
 //! The server process: one sandbox, two sockets, until it is shut down.
 
 use crate::client::{ATTACH_FD, TASK_FD};
+use crate::connections::Connections;
+use crate::containerd::Engine;
+use crate::containerd::events::Publisher;
+use crate::containerd::log::LogPipe;
 use crate::stand_ins::{StandIns, nonblocking};
-use crate::task::TaskService;
+use crate::task::{TaskServer, TaskService};
 use anyhow::Context;
 use containerd_shim_protos::shim_async::create_task;
 use kata_sandbox::Sandbox;
@@ -12,7 +16,6 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use tokio::sync::Notify;
-use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Server, Service};
 
 /// Arguments of the `sandbox-server` role.
@@ -20,6 +23,10 @@ use ttrpc::asynchronous::{Server, Service};
 pub struct ServerArgs {
     /// The sandbox's id.
     pub sandbox: String,
+    /// The containerd whose shim it is; none: it serves the OCI command line.
+    pub engine: Option<Engine>,
+    /// What is logged, as `KATA_LOG` says it.
+    pub log: Option<String>,
 }
 
 /// Names under which engines know the Task API; the messages are the same.
@@ -31,26 +38,40 @@ const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task
 /// The sandbox cannot be set up, or its sockets cannot be served.
 pub fn main(args: &str) -> anyhow::Result<()> {
     let args: ServerArgs = serde_json::from_str(args).context("arguments of the server")?;
-    start_log();
-    // SAFETY: whoever starts this role hands it these two descriptors (client::start_sandbox);
-    // this is the first and only place that takes them.
-    let (task, attach) =
-        unsafe { (OwnedFd::from_raw_fd(TASK_FD), OwnedFd::from_raw_fd(ATTACH_FD)) };
+    start_log(&args);
+    // SAFETY: whoever starts this role hands it these descriptors (client::launch); this is
+    // the first and only place that takes them.
+    let task = unsafe { OwnedFd::from_raw_fd(TASK_FD) };
+    // SAFETY: the same; it is there when there is no containerd.
+    let attach = args.engine.is_none().then(|| unsafe { OwnedFd::from_raw_fd(ATTACH_FD) });
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the server's runtime")?
-        .block_on(serve(&args, task, attach))
+        .block_on(serve(args, task, attach))
 }
 
-async fn serve(args: &ServerArgs, task: OwnedFd, attach: OwnedFd) -> anyhow::Result<()> {
-    let sandbox = Sandbox::new(args.sandbox.parse().context("the sandbox's id")?)?;
+async fn serve(args: ServerArgs, task: OwnedFd, attach: Option<OwnedFd>) -> anyhow::Result<()> {
+    let publisher = Publisher::start(args.engine.as_ref());
+    let id = args.sandbox.parse().context("the sandbox's id")?;
+    let sandbox = Sandbox::new(id, publisher.sink())?;
     let stand_ins = Arc::new(StandIns::default());
-    tokio::spawn(Arc::clone(&stand_ins).serve(attach, Arc::clone(&sandbox)));
+    if let Some(attach) = attach {
+        tokio::spawn(Arc::clone(&stand_ins).serve(attach, Arc::clone(&sandbox)));
+    }
+    let connections = Connections::default();
     let over = Arc::new(Notify::new());
-    let service = TaskService::new(sandbox, stand_ins, Arc::clone(&over));
+    let service = TaskService::new(TaskServer {
+        sandbox,
+        stand_ins,
+        publisher,
+        engine: args.engine,
+        connections: connections.clone(),
+        over: Arc::clone(&over),
+    });
+    let listener = connections.listener(UnixListener::from(nonblocking(task)?))?;
     let mut server =
-        Server::new().add_listener(listener(task)?).register_service(services(Arc::new(service)));
+        Server::new().add_listener(listener).register_service(services(Arc::new(service)));
     server.start().await.context("cannot serve the task API")?;
     over.notified().await;
     // The answer to Shutdown is on its way: let it out.
@@ -66,27 +87,18 @@ fn services(service: Arc<TaskService>) -> HashMap<String, Service> {
         .collect()
 }
 
-fn listener(fd: OwnedFd) -> anyhow::Result<Listener> {
-    let listener = UnixListener::from(nonblocking(fd)?);
-    let listener = tokio::net::UnixListener::from_std(listener)?;
-    let connections = futures::stream::unfold(listener, |listener| async move {
-        let accepted = listener.accept().await.map(|(stream, _)| Socket::new(stream));
-        if accepted.is_err() {
-            // Out of descriptors, most likely: ttrpc asks again at once.
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-        }
-        Some((accepted, listener))
-    });
-    Ok(Listener::new(connections))
-}
-
-/// Logs go to standard error, which is the sandbox's log file.
-fn start_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("KATA_LOG")
+/// Logs go to standard error, which is the sandbox's log file, and to containerd's log.
+fn start_log(args: &ServerArgs) {
+    let level = args.log.as_deref().unwrap_or("info");
+    let filter = tracing_subscriber::EnvFilter::try_new(level)
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .try_init();
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    let _ = match &args.engine {
+        None => builder.with_writer(std::io::stderr).try_init(),
+        Some(engine) => {
+            use tracing_subscriber::fmt::writer::MakeWriterExt;
+            let pipe = LogPipe::open(&engine.log);
+            builder.with_writer(std::io::stderr.and(move || pipe.clone())).try_init()
+        }
+    };
 }

@@ -1,6 +1,9 @@
 //! containerd's Task API over a [`Sandbox`]. Every call is a translation, nothing more:
 //! ids are parsed, the sandbox does the work, errors get their ttRPC code in one place.
 
+use crate::connections::Connections;
+use crate::containerd::Engine;
+use crate::containerd::events::Publisher;
 use crate::options::CreateOptions;
 use crate::stand_ins::StandIns;
 use crate::stats;
@@ -11,28 +14,46 @@ use containerd_shim_protos::protobuf::{EnumOrUnknown, MessageField};
 use containerd_shim_protos::shim_async::Task;
 use kata_protocol::Id;
 use kata_sandbox::{
-    CreateRequest, Exit, ProcessRef, ProcessStatus, Sandbox, SandboxError, Stdio, StdioPaths,
+    CreateRequest, Exit, FileSystem, ProcessRef, ProcessStatus, Sandbox, SandboxError, Stdio,
+    StdioPaths,
 };
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 
 type Answer<T> = ttrpc::Result<T>;
 
+/// How long the engine may take for the last events of a sandbox.
+const LAST_EVENTS: Duration = Duration::from_secs(1);
+
+/// What the service needs of its server.
+pub(crate) struct TaskServer {
+    pub sandbox: Arc<Sandbox>,
+    pub stand_ins: Arc<StandIns>,
+    pub publisher: Publisher,
+    /// The containerd whose shim it is.
+    pub engine: Option<Engine>,
+    pub connections: Connections,
+    /// Told when the server is to end.
+    pub over: Arc<Notify>,
+}
+
 /// The Task service of one sandbox.
 pub(crate) struct TaskService {
-    sandbox: Arc<Sandbox>,
-    stand_ins: Arc<StandIns>,
+    server: TaskServer,
     /// Containers whose processes have stand-ins.
     with_stand_ins: Mutex<BTreeSet<Id>>,
-    over: Arc<Notify>,
 }
 
 impl TaskService {
-    pub(crate) fn new(sandbox: Arc<Sandbox>, stand_ins: Arc<StandIns>, over: Arc<Notify>) -> Self {
-        Self { sandbox, stand_ins, with_stand_ins: Mutex::default(), over }
+    pub(crate) fn new(server: TaskServer) -> Self {
+        Self { server, with_stand_ins: Mutex::default() }
+    }
+
+    fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.server.sandbox
     }
 
     fn with_stand_ins(&self) -> std::sync::MutexGuard<'_, BTreeSet<Id>> {
@@ -44,10 +65,14 @@ impl TaskService {
             return Err(refused(&SandboxError::Unsupported("restoring from a checkpoint")));
         }
         let id = id(&request.id)?;
-        let options = CreateOptions::from_any(request.options.get_or_default()).unwrap_or_default();
+        let mut options = CreateOptions::from_any(request.options.get_or_default());
+        if let (None, Some(engine)) = (&options.config, &self.server.engine) {
+            options.config.clone_from(&engine.config);
+        }
         let mut create = CreateRequest {
             id: id.clone(),
             bundle: request.bundle.into(),
+            rootfs: request.rootfs.into_iter().map(file_system).collect(),
             stdio: Stdio::default(),
             stand_in: None,
             config: options.config,
@@ -59,15 +84,15 @@ impl TaskService {
                 StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr },
             )
             .map_err(|error| refused(&error))?;
-            return answer(self.sandbox.create(create).await.map(pid));
+            return answer(self.sandbox().create(create).await.map(pid));
         }
         let process = ProcessRef { container: id.clone(), exec: None };
-        let stand_in = self.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
+        let stand_in = self.server.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
         let (host_pid, stdio, bound) = stand_in.into_parts();
         create.stand_in = Some(host_pid);
         create.stdio = stdio;
-        let created = self.sandbox.create(create).await;
-        let _ = bound.send(created.as_ref().map(|_| ()).map_err(ToString::to_string));
+        let created = self.sandbox().create(create).await;
+        let _ = bound.send(created.as_ref().map(|_| ()).map_err(SandboxError::text));
         if created.is_ok() {
             self.with_stand_ins().insert(id);
         }
@@ -83,17 +108,17 @@ impl TaskService {
                 StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr },
             )
             .map_err(|error| refused(&error))?;
-            return answer(self.sandbox.exec(&process, spec, stdio, None).map(|()| empty()));
+            return answer(self.sandbox().exec(&process, spec, stdio, None).map(|()| empty()));
         }
-        let stand_in = self.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
+        let stand_in = self.server.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
         let (host_pid, stdio, bound) = stand_in.into_parts();
-        let added = self.sandbox.exec(&process, spec, stdio, Some(host_pid));
-        let _ = bound.send(added.as_ref().map(|_| ()).map_err(ToString::to_string));
+        let added = self.sandbox().exec(&process, spec, stdio, Some(host_pid));
+        let _ = bound.send(added.as_ref().map(|_| ()).map_err(SandboxError::text));
         answer(added.map(|()| empty()))
     }
 
     fn state_of(&self, process: &ProcessRef) -> Answer<api::StateResponse> {
-        let state = answer(self.sandbox.process_state(process))?;
+        let state = answer(self.sandbox().process_state(process))?;
         let (status, exit) = match state.status {
             _ if state.paused => (api::Status::PAUSED, None),
             ProcessStatus::Created => (api::Status::CREATED, None),
@@ -134,7 +159,7 @@ impl Task for TaskService {
         request: api::StartRequest,
     ) -> Answer<api::StartResponse> {
         let process = process(&request.id, &request.exec_id)?;
-        let pid = answer(self.sandbox.start(&process).await.map(pid))?;
+        let pid = answer(self.sandbox().start(&process).await.map(pid))?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
@@ -152,7 +177,7 @@ impl Task for TaskService {
 
     async fn wait(&self, _: &TtrpcContext, request: api::WaitRequest) -> Answer<api::WaitResponse> {
         let process = process(&request.id, &request.exec_id)?;
-        let exit = answer(self.sandbox.wait(&process).await)?;
+        let exit = answer(self.sandbox().wait(&process).await)?;
         Ok(api::WaitResponse {
             exit_status: exit.code.into(),
             exited_at: MessageField::some(exited_at(exit)),
@@ -162,7 +187,7 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> Answer<api::Empty> {
         let process = process(&request.id, &request.exec_id)?;
-        answer(self.sandbox.kill(&process, request.signal, request.all).await.map(|()| empty()))
+        answer(self.sandbox().kill(&process, request.signal, request.all).await.map(|()| empty()))
     }
 
     async fn delete(
@@ -171,7 +196,7 @@ impl Task for TaskService {
         request: api::DeleteRequest,
     ) -> Answer<api::DeleteResponse> {
         let process = process(&request.id, &request.exec_id)?;
-        let (host_pid, exit) = answer(self.sandbox.delete(&process).await)?;
+        let (host_pid, exit) = answer(self.sandbox().delete(&process).await)?;
         if process.exec.is_none() {
             self.with_stand_ins().remove(&process.container);
         }
@@ -184,7 +209,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Answer<api::PidsResponse> {
-        let pids = answer(self.sandbox.pids(&id(&request.id)?))?;
+        let pids = answer(self.sandbox().pids(&id(&request.id)?))?;
         let processes = pids
             .into_iter()
             .map(|host| api::ProcessInfo { pid: pid(host), ..Default::default() })
@@ -193,11 +218,11 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Answer<api::Empty> {
-        answer(self.sandbox.set_paused(&id(&request.id)?, true).await.map(|()| empty()))
+        answer(self.sandbox().set_paused(&id(&request.id)?, true).await.map(|()| empty()))
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Answer<api::Empty> {
-        answer(self.sandbox.set_paused(&id(&request.id)?, false).await.map(|()| empty()))
+        answer(self.sandbox().set_paused(&id(&request.id)?, false).await.map(|()| empty()))
     }
 
     async fn resize_pty(
@@ -206,13 +231,13 @@ impl Task for TaskService {
         request: api::ResizePtyRequest,
     ) -> Answer<api::Empty> {
         let process = process(&request.id, &request.exec_id)?;
-        let resized = self.sandbox.resize(&process, request.height, request.width).await;
+        let resized = self.sandbox().resize(&process, request.height, request.width).await;
         answer(resized.map(|()| empty()))
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: api::CloseIORequest) -> Answer<api::Empty> {
         if request.stdin {
-            answer(self.sandbox.close_stdin(&process(&request.id, &request.exec_id)?))?;
+            answer(self.sandbox().close_stdin(&process(&request.id, &request.exec_id)?))?;
         }
         Ok(empty())
     }
@@ -223,7 +248,7 @@ impl Task for TaskService {
         request: api::UpdateTaskRequest,
     ) -> Answer<api::Empty> {
         let resources = &request.resources.get_or_default().value;
-        answer(self.sandbox.update(&id(&request.id)?, resources).await.map(|()| empty()))
+        answer(self.sandbox().update(&id(&request.id)?, resources).await.map(|()| empty()))
     }
 
     async fn stats(
@@ -231,7 +256,7 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::StatsRequest,
     ) -> Answer<api::StatsResponse> {
-        let stats = answer(self.sandbox.stats(&id(&request.id)?).await)?;
+        let stats = answer(self.sandbox().stats(&id(&request.id)?).await)?;
         Ok(api::StatsResponse {
             stats: MessageField::some(stats::to_any(&stats)),
             ..Default::default()
@@ -255,8 +280,14 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::ShutdownRequest,
     ) -> Answer<api::Empty> {
-        if self.sandbox.shutdown(request.now).await {
-            self.over.notify_one();
+        let server = &self.server;
+        // containerd's `delete` gives a server up that it has lost; it has not lost one that
+        // somebody is connected to beside this caller.
+        let given_up = request.now && (server.engine.is_none() || server.connections.count() <= 1);
+        if server.sandbox.shutdown(given_up).await {
+            // Once it is answered, nobody looks after us any more.
+            server.publisher.flush(LAST_EVENTS).await;
+            server.over.notify_one();
         }
         Ok(empty())
     }
@@ -283,13 +314,20 @@ fn process(container: &str, exec: &str) -> Answer<ProcessRef> {
     Ok(ProcessRef { container: id(container)?, exec })
 }
 
-fn pid(pid: i32) -> u32 {
+fn file_system(mount: api::Mount) -> FileSystem {
+    FileSystem { kind: mount.type_, source: mount.source, options: mount.options }
+}
+
+pub(crate) fn pid(pid: i32) -> u32 {
     pid.unsigned_abs()
 }
 
 fn exited_at(exit: Exit) -> Timestamp {
-    let since = exit
-        .at
+    timestamp(exit.at)
+}
+
+pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
+    let since = at
         .duration_since(UNIX_EPOCH)
         .unwrap_or_else(|_| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
     Timestamp {
@@ -304,7 +342,7 @@ fn answer<T>(result: Result<T, SandboxError>) -> Answer<T> {
 }
 
 fn refused(error: &SandboxError) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.to_string()))
+    ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.text()))
 }
 
 fn unknown(error: &anyhow::Error) -> ttrpc::Error {

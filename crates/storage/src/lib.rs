@@ -14,11 +14,38 @@ use std::path::{Path, PathBuf};
 
 pub use volume::Volume;
 
-/// A host path that is to appear in the share.
+/// A file system that the host is to mount, in the words of `mount(8)`; what an engine
+/// hands over instead of a mounted root.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileSystem {
+    /// `overlay`, `bind`, `ext4`
+    pub kind: String,
+    /// A path, a device, or just a name.
+    pub source: String,
+    /// Mount options.
+    pub options: Vec<String>,
+}
+
+impl FileSystem {
+    fn has(&self, option: &str) -> bool {
+        self.options.iter().any(|o| o == option)
+    }
+}
+
+/// What is to appear in the share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A directory or file of the host: an absolute path.
+    Path(PathBuf),
+    /// Something to mount there.
+    FileSystem(FileSystem),
+}
+
+/// Something of the host that is to appear in the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// On the host, absolute.
-    pub source: PathBuf,
+    /// On the host.
+    pub source: Source,
     /// Below the share's root.
     pub at: PathBuf,
     /// The guest may not write, whatever it tries.
@@ -65,25 +92,27 @@ pub enum StorageError {
     },
 }
 
-/// Plans the file systems of `container`, whose `config.json` is `raw`.
+/// Plans the file systems of `container`, whose `config.json` is `raw`. Its root is mounted
+/// from `rootfs`; when that names nothing, it is in the bundle.
 ///
 /// # Errors
 /// [`StorageError`] when a path does not exist or cannot be shared with a VM.
-pub fn plan(container: &Id, bundle: &Path, raw: &[u8], spec: &Spec) -> Result<Plan, StorageError> {
+pub fn plan(
+    container: &Id,
+    bundle: &Path,
+    raw: &[u8],
+    spec: &Spec,
+    rootfs: &[FileSystem],
+) -> Result<Plan, StorageError> {
     refuse_what_no_vm_can_have(spec)?;
     let mut guest: Value = serde_json::from_slice(raw)?;
     let mut attachments = Vec::new();
     let mut resolv_conf = None;
 
-    let rootfs = spec.root.as_ref().map(|root| bundle.join(&root.path)).unwrap_or_default();
-    let rootfs = rootfs.canonicalize().map_err(|source| StorageError::Path {
-        path: rootfs.clone(),
-        role: "the root file system".to_owned(),
-        source,
-    })?;
+    let root = root_of(bundle, spec, rootfs)?;
     let at = Path::new(container.as_str()).join("rootfs");
     guest["root"]["path"] = json!(Path::new(SHARE_MOUNT).join(&at));
-    attachments.push(Attachment { source: rootfs, at, readonly: false, recursive: true });
+    attachments.push(Attachment { at, ..root });
 
     for (index, mount) in spec.mounts.iter().enumerate() {
         if mount.destination == Path::new("/etc/resolv.conf") {
@@ -101,12 +130,46 @@ pub fn plan(container: &Id, bundle: &Path, raw: &[u8], spec: &Spec) -> Result<Pl
             Volume::Shared { source, readonly, recursive } => {
                 let at = Path::new(container.as_str()).join(format!("m{index}"));
                 entry["source"] = json!(Path::new(SHARE_MOUNT).join(&at));
+                let source = Source::Path(source);
                 attachments.push(Attachment { source, at, readonly, recursive });
             }
         }
     }
     leave_out_what_is_the_hosts(container, &mut guest);
     Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, resolv_conf })
+}
+
+/// The container's root; where it goes is not said yet.
+fn root_of(bundle: &Path, spec: &Spec, rootfs: &[FileSystem]) -> Result<Attachment, StorageError> {
+    let path = |path: PathBuf| {
+        let found = path.canonicalize().map_err(|source| StorageError::Path {
+            path,
+            role: "the root file system".to_owned(),
+            source,
+        });
+        found.map(Source::Path)
+    };
+    let whole =
+        |source| Attachment { source, at: PathBuf::new(), readonly: false, recursive: true };
+    match rootfs {
+        [] => {
+            let root = spec.root.as_ref().map(|root| bundle.join(&root.path));
+            Ok(whole(path(root.unwrap_or_default())?))
+        }
+        [bind] if bind.kind == "bind" || bind.has("bind") || bind.has("rbind") => Ok(Attachment {
+            readonly: bind.has("ro"),
+            recursive: bind.has("rbind"),
+            ..whole(path(PathBuf::from(&bind.source))?)
+        }),
+        [mount] => {
+            let readonly = mount.has("ro");
+            Ok(Attachment { readonly, ..whole(Source::FileSystem(mount.clone())) })
+        }
+        several => Err(StorageError::Unsupported {
+            what: format!("a root file system made of {} mounts", several.len()),
+            remedy: "use a snapshotter that gives one (overlayfs, native, devmapper)",
+        }),
+    }
 }
 
 fn refuse_what_no_vm_can_have(spec: &Spec) -> Result<(), StorageError> {
@@ -195,7 +258,33 @@ mod tests {
             r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"x":{{"kept":1}},{extra}}}"#
         );
         let spec = Spec::parse(text.as_bytes()).unwrap();
-        plan(&"c1".parse().unwrap(), bundle.path(), text.as_bytes(), &spec)
+        plan(&"c1".parse().unwrap(), bundle.path(), text.as_bytes(), &spec, &[])
+    }
+
+    fn root(rootfs: &[FileSystem]) -> Result<Attachment, StorageError> {
+        root_of(Path::new("/no/such/bundle"), &Spec::default(), rootfs)
+    }
+
+    fn mounted(kind: &str, source: &str, options: &[&str]) -> FileSystem {
+        let options = options.iter().map(|o| (*o).to_owned()).collect();
+        FileSystem { kind: kind.to_owned(), source: source.to_owned(), options }
+    }
+
+    #[test]
+    fn root_that_is_bound_is_shared_as_it_is() {
+        let root = root(&[mounted("bind", "/usr/../usr", &["rbind", "ro"])]).unwrap();
+        assert_eq!(root.source, Source::Path("/usr".into()));
+        assert!(root.readonly && root.recursive);
+    }
+
+    #[test]
+    fn root_of_layers_is_mounted_for_the_share() {
+        let overlay = mounted("overlay", "overlay", &["lowerdir=/a:/b"]);
+        let root = root(std::slice::from_ref(&overlay)).unwrap();
+        assert_eq!(root.source, Source::FileSystem(overlay.clone()));
+        assert!(
+            super::root_of(Path::new("/"), &Spec::default(), &[overlay.clone(), overlay]).is_err()
+        );
     }
 
     #[test]

@@ -21,6 +21,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use kata_jail::Child;
 use kata_oci::{Process, Spec};
 use kata_protocol::Id;
+use kata_sandbox::PodRole;
 use kata_shim::options::CreateOptions;
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -306,62 +307,15 @@ pub fn open_terminal(process: &Process, console: Console<'_>) -> Result<Option<P
 
 /// The sandbox that a container belongs to: its pod's, or one of its own.
 fn sandbox_of(id: &Id, annotations: &BTreeMap<String, String>) -> Result<Id> {
-    const POD: [(&str, &str); 2] = [
-        ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
-        ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
-    ];
-    for (kind, sandbox) in POD {
-        if annotations.get(kind).is_some_and(|kind| kind == "container") {
-            let sandbox = annotations.get(sandbox).with_context(|| {
-                format!("annotation {kind} says \"container\", but {sandbox} is missing")
-            })?;
-            return sandbox.parse().context("the pod's sandbox id is invalid");
-        }
-    }
-    Ok(id.clone())
+    Ok(match PodRole::of(annotations)? {
+        PodRole::Container { sandbox } => sandbox,
+        PodRole::Alone | PodRole::Sandbox => id.clone(),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
-    }
-
-    #[test]
-    fn a_container_of_a_pod_joins_its_sandbox() {
-        let id: Id = "c1".parse().unwrap();
-        for pairs in [
-            [
-                ("io.kubernetes.cri.container-type", "container"),
-                ("io.kubernetes.cri.sandbox-id", "p1"),
-            ],
-            [
-                ("io.kubernetes.cri-o.ContainerType", "container"),
-                ("io.kubernetes.cri-o.SandboxID", "p1"),
-            ],
-        ] {
-            assert_eq!(sandbox_of(&id, &annotations(&pairs)).unwrap().as_str(), "p1");
-        }
-    }
-
-    #[test]
-    fn any_other_container_is_its_own_sandbox() {
-        let id: Id = "c1".parse().unwrap();
-        assert_eq!(sandbox_of(&id, &annotations(&[])).unwrap(), id);
-        let pod = annotations(&[("io.kubernetes.cri.container-type", "sandbox")]);
-        assert_eq!(sandbox_of(&id, &pod).unwrap(), id);
-    }
-
-    #[test]
-    fn a_pod_annotation_without_or_with_a_bad_sandbox_is_refused() {
-        let id: Id = "c1".parse().unwrap();
-        let kind = ("io.kubernetes.cri.container-type", "container");
-        assert!(sandbox_of(&id, &annotations(&[kind])).is_err());
-        let bad = annotations(&[kind, ("io.kubernetes.cri.sandbox-id", "../x")]);
-        assert!(sandbox_of(&id, &bad).is_err());
-    }
 
     #[test]
     fn a_terminal_needs_somebody_who_takes_it() {
