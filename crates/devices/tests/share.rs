@@ -133,6 +133,40 @@ fn an_attached_directory_is_visible_and_goes_away() {
 }
 
 #[test]
+fn an_overlay_is_mounted_in_the_share_and_nowhere_on_the_host() {
+    let share = Share::start();
+    let tmp = HostMount::tmpfs(&share.host_dir("layers"));
+    let layers = share.host_dir("layers");
+    for dir in ["1", "2", "upper", "work"] {
+        fs::create_dir(layers.join(dir)).unwrap();
+    }
+    fs::write(layers.join("1/low"), "1").unwrap();
+    fs::write(layers.join("2/low"), "2").unwrap();
+    let at = layers.display();
+    let options = [
+        "index=off".to_owned(),
+        format!("lowerdir={at}/2:{at}/1"),
+        format!("upperdir={at}/upper"),
+        format!("workdir={at}/work"),
+    ];
+    let before = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    share.process.mount("overlay", "overlay", &options, Path::new("c1/rootfs")).unwrap();
+    assert_eq!(fs::read_to_string("/proc/self/mountinfo").unwrap(), before);
+    assert_eq!(fs::read_to_string(share.inside("c1/rootfs/low")).unwrap(), "2");
+    fs::write(share.inside("c1/rootfs/new"), "").unwrap();
+    assert!(layers.join("upper/new").exists());
+    assert!(share.mount_options("/c1/rootfs").contains(&"nodev".to_owned()));
+
+    share.process.detach(Path::new("c1/rootfs")).unwrap();
+    assert!(!share.inside("c1").exists());
+    let missing = ["lowerdir=/no/such/layer:/no/such/other".to_owned()];
+    let error = share.process.mount("overlay", "o", &missing, Path::new("c1/rootfs")).unwrap_err();
+    assert!(error.to_string().contains("overlay"), "{error}");
+    assert!(!share.inside("c1").exists());
+    drop(tmp);
+}
+
+#[test]
 fn a_single_file_can_be_attached_and_symbolic_links_lead_to_their_target() {
     let share = Share::start();
     let file = share.dir.path().join("hosts");
