@@ -135,8 +135,8 @@ fn an_attached_directory_is_visible_and_goes_away() {
 #[test]
 fn an_overlay_is_mounted_in_the_share_and_nowhere_on_the_host() {
     let share = Share::start();
-    let tmp = HostMount::tmpfs(&share.host_dir("layers"));
     let layers = share.host_dir("layers");
+    let tmp = HostMount::tmpfs(&layers);
     for dir in ["1", "2", "upper", "work"] {
         fs::create_dir(layers.join(dir)).unwrap();
     }
