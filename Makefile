@@ -94,7 +94,7 @@ e2e-runc: ## prove the end-to-end tests themselves, on runc
 	@KATA_E2E_RUNTIME=runc scripts/test e2e
 
 kvm-test: kernel all ## the tests of what differs under KVM, on an emulated host that has it
-	$(CARGO) build -q -p kata-e2e
+	$(CARGO) build -q -p kata-e2e -p kata-bench
 	@tests/kvm-host/kvm-host test fast
 
 bench: ## measure what SPECIFICATION.md promises

@@ -1,4 +1,4 @@
-//! Measures what `SPECIFICATION.md` promises: `make bench`, or `kata-bench [runs]`.
+//! Measures what `SPECIFICATION.md` promises: `make bench`, or `kata-bench [sysbench] [runs]`.
 //!
 //! Ours and runc take turns, so that a noisy machine disturbs both alike; figures are
 //! medians, and promises are ratios wherever the machine would decide an absolute one.
@@ -7,6 +7,7 @@ mod memory;
 mod report;
 mod stages;
 mod stdio;
+mod sysbench;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -33,13 +34,24 @@ fn main() -> ExitCode {
 }
 
 fn measure(arena: &Arena) -> Result<()> {
-    let runs = match std::env::args().nth(1) {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let only_sysbench = arguments.first().is_some_and(|first| first == "sysbench");
+    if only_sysbench {
+        arguments.remove(0);
+    }
+    let runs = match arguments.first() {
         Some(text) => text.parse().with_context(|| format!("{text} is no number of runs"))?,
+        None if only_sysbench => 3,
         None => 15,
     };
     assets::install()?;
     let probe = assets::beside("kata-e2e-probe")?;
     let mut report = Report::new(runs)?;
+    if only_sysbench {
+        let docker = Docker::start(arena, OURS, &probe)?;
+        sysbench::measure(arena, &docker, runs, &mut report)?;
+        return report.finish();
+    }
     {
         let docker = Docker::start(arena, OURS, &probe)?;
         docker_run(&docker, runs, &mut report)?;

@@ -34,13 +34,34 @@ impl Distribution {
     }
 }
 
+/// What is promised of a figure.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Bound {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Bound {
+    fn verdict(self, value: f64) -> String {
+        let (words, bound, holds) = match self {
+            Self::AtMost(bound) => ("at most", bound, value <= bound),
+            Self::AtLeast(bound) => ("at least", bound, value >= bound),
+        };
+        format!("  {words} {bound}: {}", if holds { "holds" } else { "MISSED" })
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Row {
     what: String,
     value: f64,
     unit: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    bound: Option<f64>,
+    bound: Option<Bound>,
+    /// Unit of the single runs.
+    #[serde(skip)]
+    each: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     ours: Option<Distribution>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -79,40 +100,62 @@ impl Report {
             what: what.to_owned(),
             value: ours.median / runc.median,
             unit: "x runc",
-            bound,
+            bound: bound.map(Bound::AtMost),
+            each: "ms",
             ours: Some(*ours),
             runc: Some(*runc),
         });
     }
 
+    /// A ratio of medians of rates, of which more is better.
+    pub fn rates(
+        &mut self,
+        what: &str,
+        ours: &Distribution,
+        runc: &Distribution,
+        bound: Option<f64>,
+    ) {
+        self.compare(what, ours, runc, None);
+        if let Some(row) = self.rows.last_mut() {
+            row.bound = bound.map(Bound::AtLeast);
+            row.each = "/s";
+        }
+    }
+
     /// A figure of many runs.
     pub fn time(&mut self, what: &str, ours: Distribution, bound: Option<f64>) {
         let value = ours.median;
-        let what = what.to_owned();
-        self.rows.push(Row { what, value, unit: "ms", bound, ours: Some(ours), runc: None });
+        self.rows.push(Row {
+            what: what.to_owned(),
+            value,
+            unit: "ms",
+            bound: bound.map(Bound::AtMost),
+            each: "ms",
+            ours: Some(ours),
+            runc: None,
+        });
     }
 
     /// A single figure.
     pub fn value(&mut self, what: &str, value: f64, unit: &'static str, bound: Option<f64>) {
         let what = what.to_owned();
-        self.rows.push(Row { what, value, unit, bound, ours: None, runc: None });
+        let bound = bound.map(Bound::AtMost);
+        self.rows.push(Row { what, value, unit, bound, each: "", ours: None, runc: None });
     }
 
     /// Prints the table and writes `build/bench.json`.
     pub fn finish(&self) -> Result<()> {
         println!("\n{}, {} runs, medians (min to p90)\n", self.machine, self.runs);
         for row in &self.rows {
-            let bound = row.bound.map_or(String::new(), |bound| {
-                let verdict = if row.value <= bound { "holds" } else { "MISSED" };
-                format!("  at most {bound}: {verdict}")
-            });
+            let bound = row.bound.map_or(String::new(), |bound| bound.verdict(row.value));
             println!("{:48} {:9.2} {:6}{bound}", row.what, row.value, row.unit);
             for (name, times) in [("ours", row.ours), ("runc", row.runc)] {
                 if let Some(t) = times {
                     let Distribution { min, median, p90, .. } = t;
                     println!(
-                        "{:48} {median:9.1} ms      ({min:.1} to {p90:.1})",
-                        format!("    {name}")
+                        "{:48} {median:9.1} {:6}  ({min:.1} to {p90:.1})",
+                        format!("    {name}"),
+                        row.each
                     );
                 }
             }
