@@ -269,18 +269,26 @@ fn inotify(path: &Path) -> Result<OwnedFd, CgroupError> {
     Ok(fd)
 }
 
-/// Hands every controller there is down to the children. One at a time: a controller that
-/// cannot be handed down (it is in use by v1, or processes are in the way) keeps none back.
+/// Hands every controller there is down to the children: together, because each change of
+/// the tree is dear, and else one at a time, so that one which cannot be handed down (it is in
+/// use by v1, or processes are in the way) keeps none back.
 fn enable_controllers(dir: &Path) {
     let Ok(Some(available)) = file::read_optional(&dir.join("cgroup.controllers")) else { return };
     let control = dir.join("cgroup.subtree_control");
     let enabled = file::read(&control).unwrap_or_default();
-    let missing = V2_CONTROLLERS.iter().filter(|c| {
-        available.split_whitespace().any(|a| a == **c)
-            && !enabled.split_whitespace().any(|e| e == **c)
-    });
+    let missing: Vec<String> = V2_CONTROLLERS
+        .iter()
+        .filter(|c| {
+            available.split_whitespace().any(|a| a == **c)
+                && !enabled.split_whitespace().any(|e| e == **c)
+        })
+        .map(|controller| format!("+{controller}"))
+        .collect();
+    if missing.is_empty() || file::write(&control, &missing.join(" ")).is_ok() {
+        return;
+    }
     for controller in missing {
-        if let Err(error) = file::write(&control, &format!("+{controller}")) {
+        if let Err(error) = file::write(&control, &controller) {
             tracing::debug!(%controller, %error, "cgroup controller not handed down");
         }
     }

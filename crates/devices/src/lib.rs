@@ -22,6 +22,7 @@ mod confine;
 mod error;
 mod handshake;
 mod host;
+mod kept_pages;
 mod logger;
 mod mounts;
 mod new_mount;

@@ -17,6 +17,7 @@ use virtiofsd::passthrough::{CachePolicy, Config, PassthroughFs};
 use virtiofsd::vhost_user::{VhostUserFsBackend, VhostUserFsBackendBuilder};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::kept_pages::KeptPages;
 use crate::{confine, handshake, logger, seccomp};
 
 /// The listening vhost-user socket, with the VMM's connection waiting in it.
@@ -26,7 +27,7 @@ pub(crate) const FD_HANDSHAKE: RawFd = 4;
 
 /// How long the guest may use what it knows of a name or of a file's attributes, where the
 /// host may change them, too.
-const TIMEOUT: Duration = Duration::from_secs(1);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(1);
 /// And where only the guest changes them.
 const TIMEOUT_EXCLUSIVE: Duration = Duration::from_secs(86_400);
 /// Descriptors that are not the guest's to use up.
@@ -38,7 +39,8 @@ const RESERVED_FDS: u64 = 64;
 pub enum Cache {
     /// Nothing.
     Never,
-    /// What it has read, until the file is opened again; names and attributes for a second.
+    /// What it has read, until the file is opened again after a change; names and attributes
+    /// for a second.
     #[default]
     Auto,
     /// Everything: only right where nobody else changes the files.
@@ -72,7 +74,7 @@ pub fn main(args: &str) -> anyhow::Result<()> {
     }
 }
 
-type Backend = Arc<VhostUserFsBackend<PassthroughFs>>;
+type Backend = Arc<VhostUserFsBackend<KeptPages>>;
 
 /// Enters the jail. Nothing of the guest has been read when this returns.
 fn prepare(args: &str) -> anyhow::Result<Backend> {
@@ -82,6 +84,7 @@ fn prepare(args: &str) -> anyhow::Result<Backend> {
     confine::enter().context("enter the jail")?;
     let config = config(&arguments, proc_self_fd, nofile.saturating_sub(RESERVED_FDS));
     let fs = PassthroughFs::new(config).context("set up the file system")?;
+    let fs = KeptPages { fs, keep: arguments.cache == Cache::Auto };
     // Threads started from here on are filtered, too.
     seccomp::install(std::process::id()).context("install the system call filter")?;
     let backend = VhostUserFsBackendBuilder::default()

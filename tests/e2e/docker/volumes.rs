@@ -1,7 +1,8 @@
 //! Directories, files and named volumes of the host.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, ensure};
 use kata_e2e::docker::Docker;
@@ -10,7 +11,7 @@ use kata_e2e::trials;
 
 pub fn trials() -> Vec<Trial<Docker>> {
     trials!["volumes":
-        Both: directory_is_shared_both_ways, read_only_directory_refuses_writes,
+        Both: directory_is_shared_both_ways, changes_of_the_host_are_seen, read_only_directory_refuses_writes,
             single_files_are_shared_ro_and_rw, named_volume_outlives_its_container,
             owner_and_mode_are_kept, many_volumes_at_once, root_is_writable_and_private,
             symlinks_of_the_image_stay_inside;
@@ -28,6 +29,38 @@ fn directory_is_shared_both_ways(docker: &Docker) -> Result<()> {
     // What comes later is seen too.
     fs::write(dir.join("later"), "later\n")?;
     ensure!(container.exec("cat /data/later")? == "later");
+    Ok(())
+}
+
+/// A file the container has read, and that has been left alone since, is changed: to the same
+/// length, with its time set back, and while the container runs it.
+fn changes_of_the_host_are_seen(docker: &Docker) -> Result<()> {
+    let dir = docker.arena.dir(&docker.name())?;
+    let (file, program) = (dir.join("file"), dir.join("program"));
+    let write = |text: &str| -> Result<()> {
+        fs::write(&file, text)?;
+        fs::write(&program, format!("#!/bin/sh\necho {text}\n"))?;
+        fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+        Ok(())
+    };
+    write("first")?;
+    let container = docker.sleeper(&format!("-v {}:/v", dir.display()))?;
+    // Opened often enough that its pages are kept.
+    for _ in 0..4 {
+        ensure!(container.exec("cat /v/file; /v/program")? == "firstfirst", "before the change");
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    for (text, time) in [("other", None), ("third", Some(SystemTime::UNIX_EPOCH))] {
+        write(text)?;
+        if let Some(time) = time {
+            fs::File::options().write(true).open(&file)?.set_modified(time)?;
+            fs::File::options().write(true).open(&program)?.set_modified(time)?;
+        }
+        // What a guest knows of a file it trusts for a second.
+        std::thread::sleep(Duration::from_millis(1100));
+        let seen = container.exec("cat /v/file; /v/program")?;
+        ensure!(seen == format!("{text}{text}"), "{seen} instead of {text}");
+    }
     Ok(())
 }
 
