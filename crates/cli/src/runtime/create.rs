@@ -16,6 +16,7 @@ use crate::foreground::{self, Patience, Signals};
 use crate::record::{HostProcess, Record, replace};
 use crate::stand_in::Netns;
 use crate::stand_in::launch::{self, Request};
+use crate::stand_in::root::Root;
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::api::CreateTaskRequest;
 use kata_jail::Child;
@@ -225,6 +226,7 @@ async fn fill(
         exec: None,
         command: &process.args,
         netns: Netns::of(&spec.linux().namespaces),
+        root: Some(Root::of(&record.bundle, &record.rootfs, spec)),
         terminal,
     })?;
     let finished = async {

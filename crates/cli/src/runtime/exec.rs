@@ -46,6 +46,7 @@ pub async fn exec(call: &Call) -> Result<u8> {
         exec: Some(&exec),
         command: &process.args,
         netns: netns(&record),
+        root: None,
         terminal: terminal.as_ref(),
     })?;
     let started = async {

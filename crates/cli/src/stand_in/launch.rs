@@ -1,5 +1,6 @@
 //! Starting a stand-in, and waiting for its process.
 
+use super::root::Root;
 use super::{Args, Netns, READY, READY_FD};
 use crate::console::Pty;
 use anyhow::{Context, Result, bail};
@@ -30,6 +31,8 @@ pub struct Request<'a> {
     pub command: &'a [String],
     /// Its network namespace.
     pub netns: Netns,
+    /// What it has as its file system; none: the host's.
+    pub root: Option<Root>,
     /// The terminal, if it has one; otherwise our own standard streams.
     pub terminal: Option<&'a Pty>,
 }
@@ -58,6 +61,7 @@ pub fn start(request: &Request<'_>) -> Result<Child> {
         hello: hello(request),
         sandbox: request.sandbox.to_string(),
         netns: request.netns.clone(),
+        root: request.root.clone(),
         name: name(request.command),
     };
     let [stdin, stdout, stderr] = streams(request.terminal).context("cannot copy the streams")?;

@@ -1,12 +1,14 @@
 //! The stand-in: the host process that an engine takes for the container's process.
 //!
-//! It has the process's command line and lives in the container's network namespace. It
+//! It has the process's command line and lives in the container's network namespace; a
+//! container's own one has its root file system and volumes as its own ([`root`]). It
 //! hands its standard streams to the sandbox server, passes on every signal and window
 //! size, and ends with the process's exit code. One thread, no runtime, next to no memory:
 //! there is one per process. [`launch`] is its parent's side.
 
 pub mod launch;
 mod packets;
+pub mod root;
 
 use kata_shim::attach::{Hello, ToServer, ToStandIn};
 use nix::errno::Errno;
@@ -15,6 +17,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use packets::Packets;
+use root::Root;
 use rustix::termios::tcgetwinsize;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -55,6 +58,8 @@ pub struct Args {
     pub sandbox: String,
     /// Its network namespace.
     pub netns: Netns,
+    /// What it has as its file system; none: the host's.
+    pub root: Option<Root>,
     /// What `ps` shows as its name.
     pub name: String,
 }
@@ -118,14 +123,16 @@ fn start(args: &str) -> Result<(Packets, SignalFd, bool), StartError> {
     }
     let sandbox = args.sandbox.parse().map_err(|_| StartError::Lost)?;
     let server = Packets::connect(&sandbox).map_err(during("connect to the sandbox server"))?;
-    let hello = Hello { ..args.hello };
-    server.send_hello(&hello).map_err(during("greet the sandbox server"))?;
+    server.send_hello(&args.hello).map_err(during("greet the sandbox server"))?;
     match server.receive().map_err(during("hear from the sandbox server"))? {
         Some(ToStandIn::Ready) => {}
         Some(ToStandIn::Error(text)) => return Err(StartError::Refused(text)),
         Some(ToStandIn::Exit(_)) | None => return Err(StartError::Lost),
     }
     let_go(terminal).map_err(during("let go of the standard streams"))?;
+    if let Some(root) = &args.root {
+        root.enter().map_err(during("make the container's root its own"))?;
+    }
     Ok((server, signals, terminal))
 }
 
