@@ -83,12 +83,11 @@ pub enum Part {
 impl Part {
     fn is(self, program: &str, line: &str) -> bool {
         let hypervisor = program.contains("qemu-system");
-        // Its command line begins with a title of its own.
-        let devices = !hypervisor && line.starts_with("kata-devices");
+        // Ours begin with a title of their own; runc's shim is called as it is.
         match self {
             Self::Hypervisor => hypervisor,
-            Self::Devices => devices,
-            Self::Shim => !hypervisor && !devices && line.contains("shim"),
+            Self::Devices => !hypervisor && line.starts_with("kata-devices"),
+            Self::Shim => line.starts_with("kata-sandbox") || line.contains("containerd-shim-runc"),
         }
     }
 }

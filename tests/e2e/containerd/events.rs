@@ -155,7 +155,7 @@ fn exits_carry_id_pid_and_code(containerd: &Containerd) -> Result<()> {
 }
 
 fn short_lived_task_is_told_in_order(containerd: &Containerd) -> Result<()> {
-    for _ in 0..3 {
+    for _ in 0..2 {
         let name = containerd.name();
         let events = Events::of(containerd, &name)?;
         containerd.run_command("", &name, "true").status()?;

@@ -81,7 +81,8 @@ fn killed_devices_process_ends_its_task_at_once(containerd: &Containerd) -> Resu
 }
 
 /// Starts a task and kills parts of it so many milliseconds later, whatever it is doing then.
-fn kill_after(containerd: &Containerd, parts: &[Part], delay: u64) -> Result<()> {
+/// Gives how many processes were killed.
+fn kill_after(containerd: &Containerd, parts: &[Part], delay: u64) -> Result<usize> {
     let name = containerd.name();
     let mut run = containerd.run_command("", &name, "while :; do echo x; sleep 0.05; done");
     let mut run = run
@@ -101,32 +102,40 @@ fn kill_after(containerd: &Containerd, parts: &[Part], delay: u64) -> Result<()>
     ensure!(ended.is_some() || pids.is_empty(), "ctr did not see the end");
     let task = Task::of(containerd, name.clone());
     task.remove_whatever_there_is()?;
-    leaks::expect_no_trace(&[&name]).with_context(|| format!("{parts:?} killed after {delay} ms"))
+    leaks::expect_no_trace(&[&name])
+        .with_context(|| format!("{parts:?} killed after {delay} ms"))?;
+    Ok(pids.len())
+}
+
+/// Kills these parts, in turn, at each of these moments; most must have been there.
+fn kill_at(containerd: &Containerd, parts: &[&[Part]], moments: &[u64]) -> Result<()> {
+    let mut killed = 0;
+    for (ms, parts) in moments.iter().zip(parts.iter().cycle()) {
+        killed += kill_after(containerd, parts, *ms)?;
+    }
+    ensure!(killed * 2 >= moments.len(), "only {killed} processes were there to be killed");
+    Ok(())
 }
 
 /// So many moments are tried; more with `KATA_E2E_KILLS`.
-fn moments(longest: u64) -> Vec<u64> {
-    let count = std::env::var("KATA_E2E_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
+fn moments() -> Vec<u64> {
+    const LONGEST: u64 = 2500;
+    let count = std::env::var("KATA_E2E_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
     // Spread over the start, with a different phase each time.
     let phase = u64::from(std::process::id()) % 97;
-    (0..count).map(|n| (n * longest / count + phase) % longest).collect()
+    (1..=count).map(|n| n * LONGEST / count - phase).collect()
 }
 
 fn shim_killed_at_any_moment_leaves_nothing(containerd: &Containerd) -> Result<()> {
-    moments(2000).into_iter().try_for_each(|ms| kill_after(containerd, &[Part::Shim], ms))
+    kill_at(containerd, &[&[Part::Shim]], &moments())
 }
 
 fn hypervisor_and_devices_killed_at_any_moment_leave_nothing(
     containerd: &Containerd,
 ) -> Result<()> {
-    for (n, ms) in moments(2000).into_iter().enumerate() {
-        let part = if n % 2 == 0 { Part::Hypervisor } else { Part::Devices };
-        kill_after(containerd, &[part], ms)?;
-    }
-    Ok(())
+    kill_at(containerd, &[&[Part::Hypervisor], &[Part::Devices]], &moments())
 }
 
 fn everything_killed_at_once_leaves_nothing(containerd: &Containerd) -> Result<()> {
-    let all = [Part::Shim, Part::Hypervisor, Part::Devices];
-    [1200, 2200].into_iter().try_for_each(|ms| kill_after(containerd, &all, ms))
+    kill_at(containerd, &[&[Part::Shim, Part::Hypervisor, Part::Devices]], &[2000])
 }
