@@ -118,6 +118,7 @@ mod tests {
             kind: "bind".into(),
             source: Some(source.into()),
             options: options.iter().map(|o| (*o).to_owned()).collect(),
+            ..Mount::default()
         }
     }
 
