@@ -6,6 +6,7 @@
 mod containerd;
 mod cri;
 mod ctl;
+mod deploy;
 mod docker;
 mod failure;
 mod kvm;
@@ -102,6 +103,7 @@ impl Suites<'_> {
         self.one(&named("cri"), runtime, cri::lonely_trials(), |arena| {
             cri::start(arena, runtime, probe)
         });
+        self.one(&named("deploy"), runtime, deploy::trials(), |arena| deploy::start(arena, probe));
         self.threads = threads;
         self.one(&named("failure"), runtime, failure::trials(), |arena| {
             Oci::new(arena, runtime, probe)

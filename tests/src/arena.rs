@@ -1,4 +1,4 @@
-//! A private machine for the tests: namespaces, `/run`, `/etc`, `/usr` and `/var/lib` of its own.
+//! A private machine for the tests: namespaces, `/run`, `/etc`, `/opt`, `/usr` and `/var/lib` of its own.
 //!
 //! [`enter`] starts the calling program again inside and, outside, waits and cleans up.
 //! Inside, PID 1 only reaps; when it ends, for whatever reason, the kernel ends every
@@ -150,7 +150,7 @@ fn inside() -> Result<Arena> {
     mount(&["-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"])?;
     fs::create_dir_all("/run/lock")?;
     // What is installed inside, and how the daemon is configured, stays inside.
-    for dir in ["etc", "usr", "var/lib"] {
+    for dir in ["etc", "opt", "usr", "var/lib"] {
         let name = dir.replace('/', "-");
         let upper = arena.dir(&format!("{name}-upper"))?;
         let scratch = arena.dir(&format!("{name}-work"))?;

@@ -43,12 +43,22 @@ impl Cri {
             endpoint.connect_lazy()
         };
         let cri = Self { containerd, executor, channel };
+        cri.wait_until_ready()?;
+        Ok(cri)
+    }
+
+    fn wait_until_ready(&self) -> Result<()> {
         command::eventually("the CRI is ready", PATIENCE, || {
             let request = v1::StatusRequest::default();
-            let status = cri.call("Status", async |mut c| c.status(request).await)?;
+            let status = self.call("Status", async |mut c| c.status(request).await)?;
             Ok(status.status.is_some_and(|s| s.conditions.iter().all(|c| c.status)))
-        })?;
-        Ok(cri)
+        })
+    }
+
+    /// Stops the daemon as an upgrade would, and starts it again.
+    pub fn restart(&self) -> Result<()> {
+        self.containerd.restart()?;
+        self.wait_until_ready()
     }
 
     /// Makes one call, for at most as long as a busy machine may need.
@@ -110,19 +120,41 @@ impl Cri {
         let base = if self.is_kata() { "kata" } else { "runc" };
         let handler =
             if network.is_empty() { base.to_owned() } else { format!("{base}-{network}") };
+        self.run_pod_with(config, &handler)
+    }
+
+    /// A running pod with this configuration and runtime handler.
+    pub fn run_pod_with(&self, config: PodSandboxConfig, handler: &str) -> Result<Pod<'_>> {
         // A kubelet makes the pod's cgroup.
         let parent = config.linux.as_ref().map(|l| l.cgroup_parent.clone()).unwrap_or_default();
         for root in crate::arena::cgroup_roots() {
             let dir = root.join(parent.trim_start_matches('/'));
             fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         }
-        let request =
-            v1::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler };
-        let ran = self.call("RunPodSandbox", async |mut c| c.run_pod_sandbox(request).await);
-        let mut pod = Pod { cri: self, id: String::new(), config };
-        pod.id = ran?.pod_sandbox_id;
-        Ok(pod)
+        let request = v1::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: handler.to_owned(),
+        };
+        match self.call("RunPodSandbox", async |mut c| c.run_pod_sandbox(request).await) {
+            Ok(ran) => Ok(Pod { cri: self, id: ran.pod_sandbox_id, config }),
+            Err(error) => {
+                remove_cgroup(&config)?;
+                Err(error)
+            }
+        }
     }
+}
+
+/// What a kubelet made, it removes.
+fn remove_cgroup(config: &PodSandboxConfig) -> Result<()> {
+    let parent = config.linux.as_ref().map(|l| l.cgroup_parent.clone()).unwrap_or_default();
+    for root in crate::arena::cgroup_roots() {
+        let dir = root.join(parent.trim_start_matches('/'));
+        if dir.exists() {
+            fs::remove_dir(&dir).with_context(|| format!("remove {}", dir.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn namespaces(pid: NamespaceMode) -> v1::NamespaceOption {
@@ -261,21 +293,13 @@ impl<'a> Pod<'a> {
     fn remove_stopped(&self) -> Result<()> {
         let request = v1::RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() };
         self.cri.call("RemovePodSandbox", async |mut c| c.remove_pod_sandbox(request).await)?;
-        // What a kubelet made, it removes.
-        let parent = self.config.linux.as_ref().map(|l| l.cgroup_parent.clone());
-        for root in crate::arena::cgroup_roots() {
-            let dir = root.join(parent.clone().unwrap_or_default().trim_start_matches('/'));
-            if dir.exists() {
-                fs::remove_dir(&dir).with_context(|| format!("remove {}", dir.display()))?;
-            }
-        }
-        Ok(())
+        remove_cgroup(&self.config)
     }
 }
 
 impl Drop for Pod<'_> {
     fn drop(&mut self) {
-        if !self.id.is_empty() && self.verbose_status().is_ok() {
+        if self.verbose_status().is_ok() {
             self.stop().ok();
             self.remove_stopped().ok();
         }

@@ -80,7 +80,7 @@ fn containerd_is_restarted_under_a_pod(cri: &Cri) -> Result<()> {
     let pod = cri.pod()?;
     let container = pod.run("one", "while :; do echo tick; sleep 0.2; done")?;
     container.until_logged("tick")?;
-    cri.containerd.restart()?;
+    cri.restart()?;
     ensure!(pod.is_ready()?, "the pod was lost");
     let logged = container.logged("stdout")?.len();
     container.exec("true")?;

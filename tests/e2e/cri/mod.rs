@@ -35,6 +35,21 @@ pub fn lonely_trials() -> Vec<Trial<Cri>> {
     load::trials()
 }
 
+/// The default network, for a containerd that is configured by somebody else.
+pub fn write_default_network() -> Result<()> {
+    let network = &networks::NETWORKS[0];
+    write_network(network, "/etc/cni/net.d")
+}
+
+fn write_network(network: &networks::Network, dir: &str) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    for (n, text) in network.files.iter().enumerate() {
+        let path = format!("{dir}/{n}-e2e.conflist");
+        fs::write(&path, text).with_context(|| format!("write {path}"))?;
+    }
+    Ok(())
+}
+
 /// Starts containerd with one runtime handler for each network.
 pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Cri> {
     networks::make_uplink()?;
@@ -52,11 +67,7 @@ pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Cri> 
         };
         let dir =
             format!("/etc/cni/{}.d", if network.name.is_empty() { "net" } else { network.name });
-        fs::create_dir_all(&dir)?;
-        for (n, text) in network.files.iter().enumerate() {
-            let path = format!("{dir}/{n}-{handler}.conflist");
-            fs::write(&path, text).with_context(|| format!("write {path}"))?;
-        }
+        write_network(&network, &dir)?;
         let count = network.files.len();
         lines.push_str(&format!(
             "  [{plugin}.containerd.runtimes.{handler}]\n    runtime_type = \"{kind}\"\n    \
