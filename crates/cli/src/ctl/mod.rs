@@ -4,6 +4,7 @@
 //! and deletes the container as `kata-runtime run` does, and removes all it made.
 
 mod bundle;
+mod datagrams;
 mod forward;
 mod network;
 mod run;
@@ -76,8 +77,8 @@ pub struct Run {
     /// User (and group) in the container, names or numbers.
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
-    /// Forward a TCP port of the host: [ADDRESS:]HOST:GUEST.
-    #[arg(short, long = "publish", value_name = "[IP:]HOST:GUEST")]
+    /// Forward a port of the host: [ADDRESS:]HOST:GUEST[/tcp|/udp].
+    #[arg(short, long = "publish", value_name = "[IP:]HOST:GUEST[/udp]")]
     publish: Vec<Publish>,
     /// Memory limit of the container, such as 512m.
     #[arg(short, long)]
@@ -138,16 +139,30 @@ impl FromStr for Volume {
 /// `-p`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Publish {
+    protocol: Protocol,
     host: SocketAddr,
     guest: u16,
+}
+
+/// What a published port carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    Tcp,
+    Udp,
 }
 
 impl FromStr for Publish {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let shape = || anyhow!("a published port is [ADDRESS:]HOST:GUEST, TCP only, not {text:?}");
-        let text = text.strip_suffix("/tcp").unwrap_or(text);
+        let shape =
+            || anyhow!("a published port is [ADDRESS:]HOST:GUEST, with /udp for UDP, not {text:?}");
+        let (text, protocol) = match text.rsplit_once('/') {
+            None => (text, Protocol::Tcp),
+            Some((text, "tcp")) => (text, Protocol::Tcp),
+            Some((text, "udp")) => (text, Protocol::Udp),
+            Some(_) => return Err(shape()),
+        };
         let (rest, guest) = text.rsplit_once(':').ok_or_else(shape)?;
         let (address, host) = match rest.rsplit_once(':') {
             None => (IpAddr::V4(Ipv4Addr::UNSPECIFIED), rest),
@@ -161,7 +176,7 @@ impl FromStr for Publish {
         if guest == 0 {
             return Err(shape());
         }
-        Ok(Self { host: SocketAddr::new(address, port(host)?), guest })
+        Ok(Self { protocol, host: SocketAddr::new(address, port(host)?), guest })
     }
 }
 
@@ -192,10 +207,15 @@ pub fn main(words: &[String]) -> u8 {
         Ok(code) => code,
         Err(error) => {
             eprintln!("kata-ctl: {error:#}");
-            // As Docker: the container itself never ran.
-            125
+            exit_code(&error)
         }
     }
+}
+
+/// As Docker: 127 for a program that is not there, 126 for one that cannot be executed, 125
+/// for a container that never came to run any.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    error.downcast_ref::<crate::calls::Refused>().and_then(|refused| refused.exit).unwrap_or(125)
 }
 
 #[cfg(test)]
@@ -232,7 +252,8 @@ mod tests {
         assert_eq!(port.host, "127.0.0.1:8080".parse().unwrap());
         assert_eq!("[::1]:1:2".parse::<Publish>().unwrap().host, "[::1]:1".parse().unwrap());
         assert_eq!("8080:80/tcp".parse::<Publish>().unwrap().guest, 80);
-        for bad in ["80", "x:80", "1:2/udp", "1:0", "1.2.3:1:2", "70000:1"] {
+        assert_eq!("53:53/udp".parse::<Publish>().unwrap().protocol, Protocol::Udp);
+        for bad in ["80", "x:80", "1:2/sctp", "1:0", "1.2.3:1:2", "70000:1"] {
             assert!(bad.parse::<Publish>().is_err(), "{bad}");
         }
     }

@@ -8,6 +8,7 @@ mod blobs;
 mod manifest;
 mod root;
 mod unpack;
+mod zstd;
 
 use anyhow::{Context, Result, bail};
 use blobs::Blobs;
@@ -39,6 +40,15 @@ struct Layer {
     blob: String,
     /// Digest of the tar archive in it, after decompression.
     diff_id: Digest,
+}
+
+/// Unpacks anything as a small layer, for the fuzz target.
+#[cfg(fuzzing)]
+pub fn fuzz_layer(bytes: &[u8], root: &Path) -> Result<()> {
+    let root = ConfinedRoot::open(root)?;
+    let mut budget = unpack::Budget { bytes: 1 << 20, entries: 64 };
+    let digest = Digest("0".repeat(64));
+    unpack::layer(std::io::Cursor::new(bytes.to_vec()), &digest, &root, &mut budget)
 }
 
 /// `sha256:…`, checked.

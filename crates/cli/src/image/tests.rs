@@ -234,9 +234,15 @@ fn compressed_layers_are_told_by_their_first_bytes() {
     let mut budget = unpack::Budget::default();
     unpack::layer(Cursor::new(gzip(&bytes)), &digest(&bytes), &root, &mut budget).unwrap();
     assert_eq!(target.text("a"), "x");
-    let zstd = Cursor::new(vec![0x28, 0xb5, 0x2f, 0xfd, 0]);
-    let error = unpack::layer(zstd, &digest(b""), &root, &mut budget).unwrap_err();
-    assert!(error.to_string().contains("zstd"), "{error}");
+    let other = tar(&[(FILE, "b", "y")]);
+    unpack::layer(Cursor::new(zstd(&other)), &digest(&other), &root, &mut budget).unwrap();
+    assert_eq!(target.text("b"), "y");
+    let broken = Cursor::new(vec![0x28, 0xb5, 0x2f, 0xfd, 0]);
+    assert!(unpack::layer(broken, &digest(b""), &root, &mut budget).is_err());
+}
+
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
 }
 
 /// An OCI layout's files.

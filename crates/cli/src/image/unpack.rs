@@ -3,6 +3,7 @@
 use super::Digest;
 use super::manifest::hex;
 use super::root::{ConfinedRoot, children, remove};
+use super::zstd;
 use anyhow::{Context, Result, bail};
 use flate2::read::MultiGzDecoder;
 use rustix::fs::{
@@ -79,9 +80,7 @@ fn plain(blob: impl Read + 'static) -> Result<Box<dyn Read>> {
     let start = io::BufRead::fill_buf(&mut blob)?;
     Ok(match start {
         [0x1f, 0x8b, ..] => Box::new(MultiGzDecoder::new(blob)),
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            bail!("zstd compression is not supported: convert the image to gzip layers")
-        }
+        start if start.starts_with(&zstd::MAGIC) => Box::new(zstd::Frames::new(blob)),
         _ => Box::new(blob),
     })
 }
