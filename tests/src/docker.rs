@@ -19,6 +19,13 @@ use crate::runner::Skip;
 /// The image most trials use.
 pub const IMAGE: &str = "busybox";
 
+/// Further runtimes of the daemon: ours, with these configurations.
+const CHOICES: [(&str, &str); 3] = [
+    ("kata-9p", "[hypervisor.qemu]\nshared_fs = \"virtio-9p\"\nmsize_9p = 262144\n"),
+    ("kata-macvtap", "[runtime]\ninternetworking_model = \"macvtap\"\n"),
+    ("kata-no-network", "[runtime]\ninternetworking_model = \"none\"\n"),
+];
+
 /// A running daemon whose default runtime is the one under test; stopped when dropped.
 pub struct Docker {
     /// `runc` or `kata-runtime`.
@@ -42,6 +49,13 @@ impl Docker {
         if runtime != "runc" {
             config["default-runtime"] = json!(runtime);
             config["runtimes"] = json!({ runtime: { "path": crate::assets::RUNTIME } });
+            for (name, text) in CHOICES {
+                let file = arena.work.join(format!("{name}.toml"));
+                fs::write(&file, text)?;
+                config["runtimes"][name] = json!({
+                    "path": crate::assets::RUNTIME, "runtimeArgs": ["--config", file],
+                });
+            }
         }
         fs::create_dir_all("/etc/docker")?;
         fs::write("/etc/docker/daemon.json", serde_json::to_vec_pretty(&config)?)?;

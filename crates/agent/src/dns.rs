@@ -90,7 +90,7 @@ impl Place {
         match Self::aside(listen).await {
             Ok(place) => Ok(place),
             Err(error) => {
-                let error = crate::error::chain(&*error);
+                let error = kata_protocol::chain(&*error);
                 tracing::warn!(error, "the DNS relay takes port 53 from the containers");
                 let udp = UdpSocket::bind((listen, PORT)).await?;
                 let tcp = TcpListener::bind((listen, PORT)).await?;

@@ -1,11 +1,8 @@
 //! What can go wrong in a call, and which ttRPC code says it. One place for both.
 
-use std::error::Error;
-use std::fmt::Write as _;
-
 use kata_cgroups::CgroupError;
 use kata_oci::SpecError;
-use kata_protocol::InvalidId;
+use kata_protocol::{InvalidId, chain, set_exit_code};
 use ttrpc::Code;
 
 use crate::container::ContainerError;
@@ -87,30 +84,19 @@ impl AgentError {
 
 impl From<AgentError> for ttrpc::Error {
     fn from(error: AgentError) -> Self {
-        Self::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
+        let mut status = ttrpc::get_status(error.code(), chain(&error));
+        if let AgentError::Container(error) = &error
+            && let Some(code) = error.exit_code()
+        {
+            set_exit_code(&mut status, code);
+        }
+        Self::RpcStatus(status)
     }
-}
-
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let _ = write!(text, ": {error}");
-        source = error.source();
-    }
-    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn causes_are_told_once_each() {
-        let error = AgentError::System("set the clock", std::io::Error::from_raw_os_error(1));
-        assert_eq!(chain(&error), "cannot set the clock: Operation not permitted (os error 1)");
-    }
 
     #[test]
     fn a_missing_container_is_not_found() {

@@ -8,10 +8,10 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
 use kata_agent::boot::{self, Settings};
-use kata_agent::error::chain;
 use kata_agent::server::{Carrier, serve};
 use kata_agent::service::{Agent, Role};
 use kata_agent::{container, log, machine};
+use kata_protocol::chain;
 
 fn main() -> ExitCode {
     let started = machine::boottime_ns();

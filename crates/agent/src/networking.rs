@@ -5,10 +5,11 @@ use std::sync::{Mutex, PoisonError};
 
 use kata_channel::Stream;
 use kata_protocol::agent::Network;
+use kata_protocol::chain;
 use tokio::task::JoinHandle;
 
 use crate::dns;
-use crate::error::{AgentError, chain};
+use crate::error::AgentError;
 use crate::network::{self, Parking};
 
 /// Interfaces, and the DNS relay once its address and its stream are both known.

@@ -162,7 +162,12 @@ pub async fn mount(storage: &Storage) -> Result<Mounted, StorageError> {
             fstype: fstype.to_owned(),
             target,
             options: storage.options.join(","),
-            cause: error.into(),
+            cause: match error {
+                rustix::io::Errno::NODEV => {
+                    io::Error::other(format!("the guest's kernel has no {fstype}"))
+                }
+                other => other.into(),
+            },
         }),
     }
 }

@@ -211,7 +211,7 @@ async fn errors_read_as_runcs() {
         config["process"]["args"] = json!(args);
         let error = run(&config).await.unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
-        assert_eq!(error.exit_code(), code, "{error}");
+        assert_eq!(error.exit_code().map(u32::from), Some(code), "{error}");
         let runc = run_by("runc", &bundle, &config);
         // Its message is quoted in a log line.
         assert!(runc.output.replace('\\', "").contains(text), "{}", runc.output);
@@ -252,7 +252,7 @@ async fn exec_is_as_runcs() {
     let ours = exec(&running, &process).await.unwrap();
     let missing = json!({"args": ["missing"], "cwd": "/", "env": ["PATH=/bin"]});
     let error = exec(&running, &missing).await.unwrap_err();
-    assert_eq!(error.exit_code(), 127, "{error}");
+    assert_eq!(error.exit_code(), Some(127), "{error}");
     kill(&running);
     assert!(exec(&running, &process).await.unwrap_err().to_string().contains("stopped container"));
 

@@ -202,13 +202,13 @@ pub(crate) fn check_path(path: &str) -> Result<PathBuf, CgroupError> {
 }
 
 /// The cgroup of a container, from `linux.cgroupsPath`: as it is, or translated from
-/// systemd's `slice:prefix:name`; `/kata/<id>` when the specification names none.
+/// systemd's `slice:prefix:name`; `/kata_<id>`, beside which no parent is left, when the specification names none.
 ///
 /// # Errors
 /// When the path leaves the tree, or names its root.
 pub fn container_path(cgroups_path: Option<&str>, id: &str) -> Result<String, CgroupError> {
     let path = match cgroups_path.filter(|path| !path.is_empty()) {
-        None => format!("/kata/{id}"),
+        None => format!("/kata_{id}"),
         Some(path) => match path.split(':').collect::<Vec<_>>()[..] {
             [slice, prefix, name] if !path.contains('/') => {
                 systemd_path(path, slice, prefix, name)?
@@ -291,8 +291,8 @@ mod tests {
     #[test]
     fn container_paths_are_as_runc_makes_them() {
         let path = |p| container_path(p, "abc").unwrap();
-        assert_eq!(path(None), "/kata/abc");
-        assert_eq!(path(Some("")), "/kata/abc");
+        assert_eq!(path(None), "/kata_abc");
+        assert_eq!(path(Some("")), "/kata_abc");
         assert_eq!(path(Some("/docker/abc")), "/docker/abc");
         assert_eq!(path(Some("kubepods//pod1/./c")), "/kubepods/pod1/c");
         assert_eq!(path(Some("system.slice:docker:abc")), "/system.slice/docker-abc.scope");

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use futures::io::{AsyncRead as _, AsyncWrite as _};
 use kata_protocol::StreamHeader;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_vsock::VsockStream;
 
@@ -28,6 +28,8 @@ pub struct Stream {
 enum Carrier {
     Mux(yamux::Stream),
     Vsock(VsockStream),
+    /// One end of a pipe; what is at the other is connected later.
+    Early(DuplexStream),
 }
 
 impl Stream {
@@ -37,6 +39,10 @@ impl Stream {
 
     pub(crate) fn vsock(stream: VsockStream, permit: OwnedSemaphorePermit) -> Self {
         Self { carrier: Carrier::Vsock(stream), closed: false, _permit: Some(permit) }
+    }
+
+    pub(crate) fn early(pipe: DuplexStream) -> Self {
+        Self { carrier: Carrier::Early(pipe), closed: false, _permit: None }
     }
 
     /// Reads the header and nothing beyond it. The caller bounds the time.
@@ -86,7 +92,7 @@ impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.carrier {
             Carrier::Mux(stream) => write!(f, "Stream({})", stream.id()),
-            Carrier::Vsock(_) => f.write_str("Stream(vsock)"),
+            Carrier::Vsock(_) | Carrier::Early(_) => f.write_str("Stream(vsock)"),
         }
     }
 }
@@ -126,6 +132,7 @@ impl AsyncRead for Stream {
                 }
             }
             Carrier::Vsock(stream) => Pin::new(stream).poll_read(cx, buf),
+            Carrier::Early(pipe) => Pin::new(pipe).poll_read(cx, buf),
         }
     }
 }
@@ -146,6 +153,7 @@ impl AsyncWrite for Stream {
             Carrier::Vsock(stream) => {
                 Pin::new(stream).poll_write(cx, &buf[..buf.len().min(32 << 10)])
             }
+            Carrier::Early(pipe) => Pin::new(pipe).poll_write(cx, buf),
         }
     }
 
@@ -154,6 +162,7 @@ impl AsyncWrite for Stream {
             // The driver sends by itself; flushing would only wait for the queue to be empty.
             Carrier::Mux(_) => Poll::Ready(Ok(())),
             Carrier::Vsock(stream) => Pin::new(stream).poll_flush(cx),
+            Carrier::Early(pipe) => Pin::new(pipe).poll_flush(cx),
         }
     }
 
@@ -164,6 +173,7 @@ impl AsyncWrite for Stream {
         let result = match &mut self.carrier {
             Carrier::Mux(stream) => ready!(Pin::new(stream).poll_close(cx)).map_err(broken),
             Carrier::Vsock(stream) => ready!(Pin::new(stream).poll_shutdown(cx)),
+            Carrier::Early(pipe) => ready!(Pin::new(pipe).poll_shutdown(cx)),
         };
         self.closed = true;
         Poll::Ready(result)

@@ -2,12 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use kata_protocol::{StreamHeader, VSOCK_PORT, limits};
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_vsock::{VsockAddr, VsockStream};
 
 use crate::host::{Channel, send_header};
@@ -16,27 +17,67 @@ use crate::{ChannelError, CloseReason, Stream};
 /// Between two attempts while the guest does not listen yet. The kernel has no event for it.
 const RETRY: Duration = Duration::from_millis(3);
 
+/// What is kept of what is written before the guest is there; requests are short.
+const EARLY: usize = 64 << 10;
+
 pub(crate) struct VsockChannel {
     cid: u32,
     streams: Arc<Semaphore>,
+    /// The guest has taken a connection.
+    up: Arc<AtomicBool>,
+    /// Closed with the channel.
+    alive: watch::Sender<()>,
 }
 
 impl VsockChannel {
     pub(crate) fn new(cid: u32) -> Self {
-        Self { cid, streams: Arc::new(Semaphore::new(limits::STREAMS)) }
-    }
-
-    async fn connect(&self) -> Result<VsockStream, ChannelError> {
-        loop {
-            match VsockStream::connect(VsockAddr::new(self.cid, VSOCK_PORT)).await {
-                Ok(stream) => return Ok(stream),
-                Err(error) if not_yet(&error) => tokio::time::sleep(RETRY).await,
-                Err(error) => {
-                    return Err(ChannelError::Connect(self.cid, VSOCK_PORT, Arc::new(error)));
-                }
-            }
+        Self {
+            cid,
+            streams: Arc::new(Semaphore::new(limits::STREAMS)),
+            up: Arc::default(),
+            alive: watch::Sender::new(()),
         }
     }
+
+    /// A stream that can be written to at once, and is connected when the guest is there.
+    fn open_early(&self, header: StreamHeader, permit: OwnedSemaphorePermit) -> Stream {
+        let (ours, mut theirs) = tokio::io::duplex(EARLY);
+        let (cid, up, mut alive) = (self.cid, Arc::clone(&self.up), self.alive.subscribe());
+        tokio::spawn(async move {
+            let connected = tokio::select! {
+                connected = connect(cid, &header, permit) => connected,
+                _ = alive.changed() => return,
+            };
+            match connected {
+                Ok(mut stream) => {
+                    up.store(true, Ordering::Relaxed);
+                    // However it ends: whoever holds the other end sees that it did.
+                    let _ = tokio::io::copy_bidirectional(&mut stream, &mut theirs).await;
+                }
+                Err(error) => {
+                    tracing::warn!(error = %kata_protocol::chain(&error), "no channel to the guest");
+                }
+            }
+        });
+        Stream::early(ours)
+    }
+}
+
+async fn connect(
+    cid: u32,
+    header: &StreamHeader,
+    permit: OwnedSemaphorePermit,
+) -> Result<Stream, ChannelError> {
+    let connection = loop {
+        match VsockStream::connect(VsockAddr::new(cid, VSOCK_PORT)).await {
+            Ok(connection) => break connection,
+            Err(error) if not_yet(&error) => tokio::time::sleep(RETRY).await,
+            Err(error) => return Err(ChannelError::Connect(cid, VSOCK_PORT, Arc::new(error))),
+        }
+    };
+    let mut stream = Stream::vsock(connection, permit);
+    send_header(&mut stream, header).await?;
+    Ok(stream)
 }
 
 /// The guest has not booted so far. The caller watches the virtual machine and gives up.
@@ -53,9 +94,10 @@ impl Channel for VsockChannel {
         let permit = Arc::clone(&self.streams)
             .try_acquire_owned()
             .map_err(|_| ChannelError::TooManyStreams(limits::STREAMS))?;
-        let mut stream = Stream::vsock(self.connect().await?, permit);
-        send_header(&mut stream, header).await?;
-        Ok(stream)
+        if !self.up.load(Ordering::Relaxed) {
+            return Ok(self.open_early(header.clone(), permit));
+        }
+        connect(self.cid, header, permit).await
     }
 
     /// A connection of its own, on which nothing is said, ends with the guest.

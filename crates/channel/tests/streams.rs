@@ -277,3 +277,16 @@ async fn what_is_written_before_the_guest_listens_arrives() {
     theirs.read_exact(&mut bytes).await.unwrap();
     assert_eq!(&bytes, b"early");
 }
+
+#[tokio::test]
+async fn over_vsock_a_call_can_be_made_before_the_guest_is_there() {
+    // Nobody has this address: the guest never comes.
+    let host = HostChannel::vsock(0x7fff_fff0);
+    let opened = timeout(Duration::from_secs(1), host.open(&StreamHeader::rpc())).await;
+    let mut stream = opened.unwrap().unwrap();
+    stream.write_all(b"early").await.unwrap();
+    drop(host);
+    // Without the channel nobody waits for the guest any more.
+    let read = timeout(Duration::from_secs(5), stream.read(&mut [0; 1])).await;
+    assert_eq!(read.unwrap().unwrap(), 0);
+}

@@ -36,6 +36,15 @@ pub struct TaskState {
     pub pid: i32,
 }
 
+/// A server's own words for why it did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Refused {
+    message: String,
+    /// The exit code that this stands for, where the program could not be run.
+    pub exit: Option<u8>,
+}
+
 /// How long a server may take for an answer that needs nobody else.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -82,7 +91,10 @@ impl Server {
             ttrpc::Error::RpcStatus(status) if status.code() == Code::DEADLINE_EXCEEDED => {
                 anyhow!("the server of sandbox {} does not answer", self.sandbox)
             }
-            ttrpc::Error::RpcStatus(status) => anyhow!("{}", status.message()),
+            ttrpc::Error::RpcStatus(status) => {
+                let exit = kata_protocol::exit_code(&status);
+                Refused { message: status.message, exit }.into()
+            }
             other => match last_line(&SandboxDir::of(&self.sandbox)) {
                 Some(line) => anyhow!("the server of sandbox {} ended: {line}", self.sandbox),
                 None => anyhow!("the server of sandbox {} does not answer: {other}", self.sandbox),

@@ -33,8 +33,6 @@ pub(crate) enum Parse {
     Path(fn(&SandboxConfig) -> (&'static str, &Vec<String>)),
     /// Kernel parameters; they are added to the configured ones.
     AddWords,
-    /// Entries separated by semicolons.
-    Semicolons,
     /// Switches separated by commas, for a hypervisor's option: nothing that could be a file.
     Switches,
 }
@@ -110,9 +108,9 @@ pub(crate) static ANNOTATIONS: &[Annotation] = &[
     listed(Runtime, "disable_new_netns"),
     listed(Runtime, "sandbox_cgroup_only"),
     listed(Runtime, "vfio_mode"),
-    row(Runtime, "disable_guest_seccomp", Gate::Open, Parse::Plain),
+    listed(Runtime, "disable_guest_seccomp"),
     row(Runtime, "create_container_timeout", Gate::Open, Parse::Plain),
-    row(Agent, "kernel_modules", Gate::Open, Parse::Semicolons),
+    row(Agent, "kernel_modules", Gate::Open, Parse::Plain),
 ];
 
 impl SandboxConfig {
@@ -188,10 +186,6 @@ impl Annotation {
                 let mut params = allowed.hypervisor.kernel_params.clone();
                 params.extend(keys::words(text));
                 Value::Text(params.join(" "))
-            }
-            Parse::Semicolons => {
-                let entries = text.split(';').map(str::trim).filter(|entry| !entry.is_empty());
-                Value::Texts(entries.map(str::to_owned).collect())
             }
             Parse::Switches => {
                 if !trimmed.split(',').all(is_switch) {

@@ -38,9 +38,17 @@ fn one_that_is_not_enabled_is_an_error_that_says_how_to() {
 #[test]
 fn what_touches_the_guest_alone_needs_no_leave() {
     let mut c = config(&[]);
+    annotate(&mut c, "runtime.create_container_timeout", "90").unwrap();
+    assert_eq!(c.runtime.create_container_timeout, 90);
     annotate(&mut c, "agent.kernel_modules", "e1000e EEE=1; i915 ;").unwrap();
+    assert!(c.warnings[0].contains("kernel_modules"), "{:?}", c.warnings);
+}
+
+#[test]
+fn a_container_leaves_its_seccomp_profile_out_only_with_leave() {
+    assert!(annotate(&mut config(&[]), "runtime.disable_guest_seccomp", "true").is_err());
+    let mut c = config(&["disable_guest_seccomp"]);
     annotate(&mut c, "runtime.disable_guest_seccomp", "true").unwrap();
-    assert_eq!(c.agent.kernel_modules, ["e1000e EEE=1", "i915"]);
     assert!(c.runtime.disable_guest_seccomp);
 }
 
@@ -52,7 +60,7 @@ fn bounds_are_those_of_the_file() {
         ("hypervisor.default_vcpus", "many"),
         ("hypervisor.default_vcpus", "inf"),
         ("hypervisor.shared_fs", "nfs"),
-        ("hypervisor.disable_vhost_net", "yes"),
+        ("runtime.disable_guest_seccomp", "yes"),
         ("runtime.create_container_timeout", "0"),
         ("hypervisor.kernel_params", "a\nb\u{7}"),
     ] {

@@ -47,12 +47,10 @@ fn values_get_to_their_places() {
         virtio_fs_cache = "never"
         enable_annotations = ["default_.*"]
         [agent.kata]
-        kernel_modules = ["x y=1"]
+        dial_timeout = 7
         [runtime]
         internetworking_model = "none"
         disable_new_netns = true
-        [factory]
-        template_path = "/x"
         "#,
     )
     .unwrap();
@@ -68,9 +66,8 @@ fn values_get_to_their_places() {
     );
     assert_eq!(h.kernel_params, ["a=b", "c"]);
     assert_eq!((h.default_vcpus, h.default_memory), (2, 2048));
-    assert_eq!(config.agent.kernel_modules, ["x y=1"]);
+    assert_eq!(config.agent.dial_timeout, 7);
     assert!(config.runtime.disable_new_netns);
-    assert_eq!(config.factory.template_path, Path::new("/x"));
 }
 
 #[test]

@@ -119,7 +119,6 @@ fn remark(annotation: &Annotation) -> String {
         Parse::Path(_) => format!("{key}; the path must match a glob of the key for valid paths"),
         Parse::AddWords => format!("adds to `{}.{}`", annotation.section.name(), annotation.key),
         Parse::Switches => format!("{key}; switches only, no files"),
-        Parse::Semicolons => format!("{key}; entries are separated by semicolons"),
     };
     match annotation.gate {
         Gate::Listed => how,

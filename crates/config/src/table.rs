@@ -4,7 +4,6 @@ use crate::keys::Section::{self, Agent, Factory, Hypervisor, Runtime};
 use crate::keys::{Key, Kind, words};
 use crate::types::*;
 use crate::value::Value;
-use std::path::PathBuf;
 
 const fn key(
     section: Section,
@@ -111,23 +110,22 @@ pub(crate) static KEYS: &[Key] = &[
     hypervisor("default_maxmemory", "0",
         Kind::Special(MEMORY, |c, value| memory(&mut c.hypervisor.default_maxmemory, value)),
         "Most memory, in MiB, of any sandbox. 0: as much as the host has."),
-    hypervisor("memory_slots", "10", Kind::Number(|c| &mut c.hypervisor.memory_slots, 0, 256),
-        "How often memory can be plugged into a running VM."),
     hypervisor("channel", "\"auto\"", choice!(Channel, hypervisor.channel),
         "What carries the agent's channel: vsock, or a virtio-serial port. `auto`: vsock where \
          the host has /dev/vhost-vsock."),
     hypervisor("shared_fs", "\"virtio-fs\"", choice!(SharedFs, hypervisor.shared_fs),
         "How root file systems and volumes get into the guest. `virtio-fs`: a jailed process \
-         of its own. `virtio-9p`: QEMU, slower. `none`: block devices only."),
+         of its own. `virtio-9p`: QEMU, slower; the tuned kernel has it, Debian's has not. `none` \
+         is refused so far: it is for root file systems on block devices."),
     hypervisor("virtio_fs_cache", "\"auto\"", choice!(FsCache, hypervisor.virtio_fs_cache),
         "What the guest may keep of a virtio-fs share. `auto`: names and attributes for a \
          second, data while a file is open. `always`: faster, but changes made on the host are \
          not seen."),
     hypervisor("virtio_fs_queue_size", "1024",
-        Kind::Special("a power of two from 16 to 32768", |c, value| match value {
+        Kind::Special("a power of two from 16 to 1024", |c, value| match value {
             Value::Integer(n) => u32::try_from(*n)
                 .ok()
-                .filter(|n| n.is_power_of_two() && (16..=32768).contains(n))
+                .filter(|n| n.is_power_of_two() && (16..=1024).contains(n))
                 .map(|n| c.hypervisor.virtio_fs_queue_size = n)
                 .is_some(),
             _ => false,
@@ -135,18 +133,16 @@ pub(crate) static KEYS: &[Key] = &[
     hypervisor("msize_9p", "8192", Kind::Number(|c| &mut c.hypervisor.msize_9p, 4096, 1 << 20),
         "Bytes in one 9p message."),
     hypervisor("entropy_source", "\"/dev/urandom\"", Kind::Path(|c| &mut c.hypervisor.entropy_source),
-        "Where the guest's random numbers come from."),
-    hypervisor("disable_vhost_net", "false", Kind::Flag(|c| &mut c.hypervisor.disable_vhost_net),
-        "Let QEMU move network packets instead of the host's kernel: slower, smaller attack surface."),
-    hypervisor("disable_block_device_use", "false",
-        Kind::Flag(|c| &mut c.hypervisor.disable_block_device_use),
-        "Share a root file system that lies on a block device as a directory, too."),
-    hypervisor("rootless", "false", Kind::Flag(|c| &mut c.hypervisor.rootless),
-        "Run QEMU as a user of its own. It always is one where we run as root."),
-    hypervisor("seccompsandbox", "\"\"", Kind::Text(|c| &mut c.hypervisor.seccompsandbox),
+        "Where the guest's random numbers come from: the kernel (/dev/urandom, /dev/random), or a \
+         device such as /dev/hwrng."),
+    hypervisor("seccompsandbox", "\"\"", Kind::Special("a text that begins with \"on\"", |c, value| {
+            let Value::Text(text) = value else { return false };
+            c.hypervisor.seccompsandbox.clone_from(text);
+            text.is_empty() || text == "on" || text.starts_with("on,")
+        }),
         "QEMU's own `-sandbox` options. Empty: the strictest that work. It cannot be turned off."),
     hypervisor("enable_debug", "false", Kind::Flag(|c| &mut c.hypervisor.enable_debug),
-        "Log what the hypervisor does, and the guest's console."),
+        "Let the guest's kernel say more, and write its console to the sandbox's log at its end."),
     hypervisor("enable_annotations", "[]", Kind::Special("a list of regular expressions", |c, value| {
             match value {
                 Value::Texts(list) if list.iter().all(|e| crate::glob::name_regex(e).is_some()) => {
@@ -168,58 +164,49 @@ pub(crate) static KEYS: &[Key] = &[
 
     key(Agent, "enable_debug", "false", Kind::Flag(|c| &mut c.agent.enable_debug),
         "Let the agent log in detail."),
-    key(Agent, "kernel_modules", "[]", Kind::Texts(|c| &mut c.agent.kernel_modules),
-        "Kernel modules to load in the guest, each with its parameters: `\"i915 enable_ppgtt=0\"`."),
     key(Agent, "dial_timeout", "45", Kind::Number(|c| &mut c.agent.dial_timeout, 1, 3600),
         "Seconds the agent may take until it first answers."),
 
-    key(Runtime, "enable_debug", "false", Kind::Flag(|c| &mut c.runtime.enable_debug),
-        "Log in detail."),
     key(Runtime, "internetworking_model", "\"tcfilter\"",
         choice!(NetworkModel, runtime.internetworking_model),
-        "How a network interface gets into the VM."),
+        "How a network interface gets into the VM. `tcfilter`: a tap that gets and gives all \
+         packets. `macvtap`: a macvtap on the interface; Docker's own name server then finds \
+         containers only. `none`: not at all."),
     key(Runtime, "disable_new_netns", "false", Kind::Flag(|c| &mut c.runtime.disable_new_netns),
-        "Keep the VM in the host's network namespace. Only with `internetworking_model = \"none\"`."),
-    key(Runtime, "sandbox_cgroup_only", "true", Kind::Flag(|c| &mut c.runtime.sandbox_cgroup_only),
-        "Put all processes of a sandbox into the pod's cgroup. With false, the helpers may be \
-         elsewhere; they never are."),
-    key(Runtime, "static_sandbox_resource_mgmt", "true",
-        Kind::Flag(|c| &mut c.runtime.static_sandbox_resource_mgmt),
-        "Size the VM once, before it starts. It always is."),
+        "Taken only with `internetworking_model = \"none\"`. QEMU has no network of its own in any \
+         case."),
     key(Runtime, "disable_guest_seccomp", "false",
         Kind::Flag(|c| &mut c.runtime.disable_guest_seccomp),
         "Leave the containers' seccomp profiles out in the guest."),
-    key(Runtime, "disable_guest_empty_dir", "false",
-        Kind::Flag(|c| &mut c.runtime.disable_guest_empty_dir),
-        "Keep Kubernetes `emptyDir` volumes on the host instead of in the guest."),
-    key(Runtime, "vfio_mode", "\"guest-kernel\"", choice!(VfioMode, runtime.vfio_mode),
-        "How a VFIO device is shown to a container."),
-    key(Runtime, "sandbox_bind_mounts", "[]", Kind::Special("a list of absolute paths", |c, value| {
-            match value {
-                Value::Texts(list) if list.iter().all(|path| path.starts_with('/')) => {
-                    c.runtime.sandbox_bind_mounts = list.iter().map(PathBuf::from).collect();
-                    true
-                }
-                _ => false,
-            }
-        }), "Host paths to show in every guest, read-only."),
     key(Runtime, "create_container_timeout", "60",
         Kind::Number(|c| &mut c.runtime.create_container_timeout, 1, 86_400),
         "Seconds the creation of a container may take in the guest."),
-    key(Runtime, "experimental", "[]", Kind::Texts(|c| &mut c.runtime.experimental),
-        "Unstable features to switch on; there are none."),
 
     key(Factory, "enable_template", "false", Kind::Flag(|c| &mut c.factory.enable_template),
         "Start VMs from a template. Not done yet: they boot."),
-    key(Factory, "template_path", "\"/run/vc/vm/template\"", Kind::Path(|c| &mut c.factory.template_path),
-        "Where the template is kept."),
     key(Factory, "vm_cache_number", "0", Kind::Number(|c| &mut c.factory.vm_cache_number, 0, 1024),
         "VMs to keep ready. Not done yet: they boot."),
-    key(Factory, "vm_cache_endpoint", "\"/var/run/kata-containers/cache.sock\"",
-        Kind::Path(|c| &mut c.factory.vm_cache_endpoint),
-        "Socket of the process that keeps them."),
 
     // Known, without effect.
+    moot(Hypervisor, "memory_slots", "Memory is not plugged into a running VM yet."),
+    moot(Hypervisor, "disable_vhost_net", "QEMU itself moves the packets: the smaller attack surface."),
+    moot(Hypervisor, "disable_block_device_use",
+        "A root file system on a block device is shared as a directory, too."),
+    moot(Hypervisor, "rootless", "QEMU always runs as a user of its own where we are root."),
+    missing(Agent, "kernel_modules", "The guest's kernel has built in what it needs."),
+    moot(Runtime, "enable_debug",
+        "Say --debug on the command line; KATA_LOG=debug in the engine's environment is for the \
+         sandbox's server."),
+    moot(Runtime, "sandbox_cgroup_only",
+        "All processes of a sandbox are always in the pod's cgroup."),
+    moot(Runtime, "static_sandbox_resource_mgmt", "A VM is always sized once, before it starts."),
+    moot(Runtime, "disable_guest_empty_dir", "An `emptyDir` volume is always the host's directory."),
+    moot(Runtime, "vfio_mode", "Host devices are not handed to VMs yet."),
+    missing(Runtime, "sandbox_bind_mounts",
+        "The guest runs containers only, and these name what they mount."),
+    missing(Runtime, "experimental", "There are no unstable features."),
+    moot(Factory, "template_path", "VM templates are not done yet."),
+    moot(Factory, "vm_cache_endpoint", "VM caches are not done yet."),
     key(Hypervisor, "confidential_guest", "", Kind::Refused,
         "guests are not encrypted; remove it only if the host may read the guest's memory"),
     key(Hypervisor, "sev_snp_guest", "", Kind::Refused,

@@ -107,16 +107,6 @@ text_enum! {
     }
 }
 
-text_enum! {
-    /// How a VFIO device is shown to a container.
-    VfioMode {
-        /// As a group under `/dev/vfio`.
-        Vfio = "vfio",
-        /// By the guest kernel's driver.
-        GuestKernel = "guest-kernel",
-    }
-}
-
 /// Everything a sandbox is started with.
 #[derive(Clone, Debug, Serialize)]
 pub struct SandboxConfig {
@@ -163,8 +153,6 @@ pub struct HypervisorConfig {
     pub default_memory: u32,
     /// Most MiB; 0: as much as the host has.
     pub default_maxmemory: u32,
-    /// Memory that can be plugged, in pieces.
-    pub memory_slots: u32,
     /// What carries the agent's channel.
     pub channel: Channel,
     /// How root file systems and volumes get into the guest.
@@ -177,15 +165,9 @@ pub struct HypervisorConfig {
     pub msize_9p: u32,
     /// Where the guest's random numbers come from.
     pub entropy_source: PathBuf,
-    /// Do not use vhost-net.
-    pub disable_vhost_net: bool,
-    /// Do not hand block devices to the guest.
-    pub disable_block_device_use: bool,
-    /// Run the hypervisor as a user of its own. It always is, where that is possible.
-    pub rootless: bool,
     /// QEMU's own `-sandbox` options; empty: the strictest.
     pub seccompsandbox: String,
-    /// Log what the hypervisor does, and the guest's console.
+    /// Let the guest's kernel say more, and log its console.
     pub enable_debug: bool,
     /// Annotations that are taken, as regular expressions of whole names.
     pub enable_annotations: Vec<String>,
@@ -202,8 +184,6 @@ pub struct HypervisorConfig {
 pub struct AgentConfig {
     /// Let the agent log in detail.
     pub enable_debug: bool,
-    /// Modules to load in the guest, each with its parameters.
-    pub kernel_modules: Vec<String>,
     /// Seconds the agent may take to answer first.
     pub dial_timeout: u32,
 }
@@ -211,28 +191,14 @@ pub struct AgentConfig {
 /// `[runtime]`
 #[derive(Clone, Debug, Serialize)]
 pub struct RuntimeConfig {
-    /// Log in detail.
-    pub enable_debug: bool,
     /// How a network interface gets into the VM.
     pub internetworking_model: NetworkModel,
     /// Keep the VM in the host's network namespace.
     pub disable_new_netns: bool,
-    /// Put all processes of a sandbox into the pod's cgroup only.
-    pub sandbox_cgroup_only: bool,
-    /// Size the VM once. It always is.
-    pub static_sandbox_resource_mgmt: bool,
     /// Leave seccomp profiles out in the guest.
     pub disable_guest_seccomp: bool,
-    /// Keep `emptyDir` volumes on the host.
-    pub disable_guest_empty_dir: bool,
-    /// How a VFIO device is shown to a container.
-    pub vfio_mode: VfioMode,
-    /// Host paths shown to every guest, read-only.
-    pub sandbox_bind_mounts: Vec<PathBuf>,
     /// Seconds the creation of a container may take in the guest.
     pub create_container_timeout: u32,
-    /// Unstable features to switch on.
-    pub experimental: Vec<String>,
 }
 
 /// `[factory]`
@@ -240,12 +206,8 @@ pub struct RuntimeConfig {
 pub struct FactoryConfig {
     /// Start VMs from a template.
     pub enable_template: bool,
-    /// Where the template is kept.
-    pub template_path: PathBuf,
     /// VMs kept ready.
     pub vm_cache_number: u32,
-    /// Socket of the process that keeps them.
-    pub vm_cache_endpoint: PathBuf,
 }
 
 impl SandboxConfig {
@@ -267,16 +229,12 @@ impl SandboxConfig {
                 default_maxvcpus: 0,
                 default_memory: 2048,
                 default_maxmemory: 0,
-                memory_slots: 10,
                 channel: Channel::Auto,
                 shared_fs: SharedFs::VirtioFs,
                 virtio_fs_cache: FsCache::Auto,
                 virtio_fs_queue_size: 1024,
                 msize_9p: 8192,
                 entropy_source: "/dev/urandom".into(),
-                disable_vhost_net: false,
-                disable_block_device_use: false,
-                rootless: false,
                 seccompsandbox: String::new(),
                 enable_debug: false,
                 enable_annotations: Vec::new(),
@@ -284,30 +242,14 @@ impl SandboxConfig {
                 valid_asset_paths: Vec::new(),
                 valid_entropy_sources: Vec::new(),
             },
-            agent: AgentConfig {
-                enable_debug: false,
-                kernel_modules: Vec::new(),
-                dial_timeout: 45,
-            },
+            agent: AgentConfig { enable_debug: false, dial_timeout: 45 },
             runtime: RuntimeConfig {
-                enable_debug: false,
                 internetworking_model: NetworkModel::TcFilter,
                 disable_new_netns: false,
-                sandbox_cgroup_only: true,
-                static_sandbox_resource_mgmt: true,
                 disable_guest_seccomp: false,
-                disable_guest_empty_dir: false,
-                vfio_mode: VfioMode::GuestKernel,
-                sandbox_bind_mounts: Vec::new(),
                 create_container_timeout: 60,
-                experimental: Vec::new(),
             },
-            factory: FactoryConfig {
-                enable_template: false,
-                template_path: "/run/vc/vm/template".into(),
-                vm_cache_number: 0,
-                vm_cache_endpoint: "/var/run/kata-containers/cache.sock".into(),
-            },
+            factory: FactoryConfig { enable_template: false, vm_cache_number: 0 },
             sources: Vec::new(),
             warnings: Vec::new(),
         }

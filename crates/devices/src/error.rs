@@ -24,7 +24,7 @@ pub enum Error {
     #[error("the devices process did not start: {0}")]
     Refused(String),
     /// It has ended.
-    #[error("the devices process has ended ({})", status(.0))]
+    #[error("the process that serves the share has ended ({})", status(.0))]
     Died(Option<ExitStatus>),
     /// It did not become ready.
     #[error("the devices process was not ready within {0} seconds")]

@@ -2,14 +2,13 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use kata_jail::{Child, Launch, Role};
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{AtFlags, Mode, OFlags, open, unlinkat};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
@@ -17,10 +16,9 @@ use rustix::net::{
 
 use crate::error::Error;
 use crate::handshake::{self, Message};
-use crate::mounts::{self, MountError};
-use crate::new_mount::NewMount;
 use crate::path::SharePath;
 use crate::serve::{Arguments, Cache, FD_HANDSHAKE, FD_LISTENER};
+use crate::tree::{self, FileSystem};
 
 /// Name of the vhost-user socket while it is being connected.
 const SOCKET_NAME: &str = "devices.sock";
@@ -108,7 +106,7 @@ impl DevicesProcess {
                 Ok(())
             }
             Ok(Message::Failed(cause)) => Err(Error::Refused(cause)),
-            Ok(Message::Nothing) => Err(self.died()),
+            Ok(Message::Nothing) => Err(tree::died(&self.child)),
             Err(_) => Err(Error::Silent(READY_TIMEOUT.as_secs())),
         }
     }
@@ -127,16 +125,7 @@ impl DevicesProcess {
     ) -> Result<(), Error> {
         let at = SharePath::new(at)?;
         self.ready()?;
-        let tree = mounts::clone_tree(source, readonly, recursive)
-            .map_err(|e| Error::Source { path: source.to_owned(), source: e })?;
-        mounts::mount_in(self.child.pidfd(), tree.as_fd(), &at).map_err(|e| {
-            let (source_path, at) = (source.to_owned(), at.as_path().to_owned());
-            match e {
-                MountError::Occupied => Error::Occupied { source_path, at },
-                MountError::Io(e) if is_gone(&e) => self.died(),
-                MountError::Io(source) => Error::Attach { source_path, at, source },
-            }
-        })
+        tree::attach(&self.child, source, &at, readonly, recursive)
     }
 
     /// Mounts a file system at `at` in the share: `kind`, `source` and `options` as mount(8)
@@ -150,21 +139,7 @@ impl DevicesProcess {
     ) -> Result<(), Error> {
         let at = SharePath::new(at)?;
         self.ready()?;
-        let failed = |source_error: io::Error| Error::Mount {
-            kind: kind.to_owned(),
-            source_path: source.into(),
-            at: at.as_path().to_owned(),
-            source: source_error,
-        };
-        let mounted = NewMount::plan(kind, source, options).and_then(|m| m.detached(&self.dir));
-        let tree = mounted.map_err(failed)?;
-        mounts::mount_in(self.child.pidfd(), tree.as_fd(), &at).map_err(|e| match e {
-            MountError::Occupied => {
-                Error::Occupied { source_path: source.into(), at: at.as_path().to_owned() }
-            }
-            MountError::Io(e) if is_gone(&e) => self.died(),
-            MountError::Io(e) => failed(e),
-        })
+        tree::mount(&self.child, &self.dir, &FileSystem { kind, source, options }, &at)
     }
 
     /// Takes what was attached at `at` out of the share. Nothing is left to do when the
@@ -172,28 +147,8 @@ impl DevicesProcess {
     ///
     /// Files that the guest still holds open stay usable for it until it closes them.
     pub fn detach(&self, at: &Path) -> Result<(), Error> {
-        let at = SharePath::new(at)?;
-        match mounts::unmount_in(self.child.pidfd(), &at) {
-            Err(error) if is_gone(&error) => Ok(()),
-            Err(source) => Err(Error::Detach { at: at.as_path().to_owned(), source }),
-            Ok(()) => Ok(()),
-        }
+        tree::detach(&self.child, &SharePath::new(at)?)
     }
-
-    /// It is ending or has ended; gives it a moment to have a status.
-    fn died(&self) -> Error {
-        let pidfd = self.child.pidfd();
-        let mut ended = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
-        let moment = Timespec { tv_sec: 1, tv_nsec: 0 };
-        // Without a status the error says that there is none yet.
-        let _ = rustix::event::poll(&mut ended, Some(&moment));
-        Error::Died(self.child.try_wait().ok().flatten())
-    }
-}
-
-/// The process has ended, or is about to.
-fn is_gone(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// A listening socket with one connection waiting in it, and the other end of that.

@@ -29,8 +29,10 @@ mod new_mount;
 mod path;
 mod seccomp;
 mod serve;
+mod tree;
 
 pub use error::Error;
 pub use host::{DevicesProcess, Options};
 pub use path::SharePath;
 pub use serve::{Cache, main};
+pub use tree::{FileSystem, attach, detach, mount};

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::vsock::VsockDevice;
+
 /// The virtual hardware.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -57,7 +59,7 @@ pub enum AcceleratorChoice {
     Tcg,
 }
 
-/// Which kernel it is: they take different parameters.
+/// Which kernel it is: they take different parameters. [`KernelKind::of`] tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KernelKind {
@@ -69,17 +71,13 @@ pub enum KernelKind {
 }
 
 /// How the agent is reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Default)]
 pub enum ChannelKind {
     /// One virtio-serial port; works everywhere.
     #[default]
     Serial,
-    /// vsock by the host's kernel (`/dev/vhost-vsock`).
-    Vsock {
-        /// The guest's address.
-        cid: u32,
-    },
+    /// vsock by the host's kernel.
+    Vsock(VsockDevice),
 }
 
 /// A hardware address.
@@ -134,11 +132,12 @@ pub enum Share {
         socket: OwnedFd,
         /// The name by which the guest mounts it.
         tag: String,
+        /// Length of its queues.
+        queue_size: u32,
     },
-    /// 9p, served by QEMU itself: slower, but needs no other process.
+    /// 9p, served by QEMU itself: slower, but needs no other process. The share is empty
+    /// until something is mounted below `/share` in QEMU's jail ([`crate::Qemu::process`]).
     NineP {
-        /// The directory.
-        path: PathBuf,
         /// The name by which the guest mounts it.
         tag: String,
     },
@@ -159,10 +158,20 @@ pub struct VmConfig {
     pub kernel_kind: KernelKind,
     /// The initial file system.
     pub initrd: PathBuf,
+    /// Whether the kernel says on its console only what is amiss.
+    pub quiet: bool,
     /// Kernel parameters after ours.
     pub kernel_params: Vec<String>,
     /// The virtual hardware.
     pub machine: Machine,
+    /// Further options of QEMU's `-machine`, separated by commas.
+    pub machine_options: String,
+    /// Further options of QEMU's `-cpu`, separated by commas.
+    pub cpu_options: String,
+    /// A device of the host that the guest's random numbers come from; else its kernel.
+    pub entropy: Option<PathBuf>,
+    /// QEMU's own filter, options of its `-sandbox`; empty: the strictest that works.
+    pub filter: String,
     /// What runs the guest, and the host's clock rate: the outcome of [`crate::accelerator::choose`].
     pub accelerator: Accelerator,
     /// Rate of the host's time stamp counter, kHz; 0 if unknown.

@@ -8,7 +8,7 @@ use crate::config::{Accelerator, KernelKind, VmConfig};
 
 /// For every machine. `panic=-1`: a panic restarts at once, which ends the monitor, so
 /// that a dead guest is an event and no silence.
-const ALWAYS: &[&str] = &["console=hvc0", "quiet", "panic=-1"];
+const ALWAYS: &[&str] = &["console=hvc0", "panic=-1"];
 
 /// For every kernel under TCG: clocks and processors are what they are.
 const TCG: &[&str] = &["tsc=reliable", "no_timer_check", "noreplace-smp"];
@@ -19,7 +19,7 @@ const TCG_DEFENCES_OFF: &[&str] =
     &["mitigations=off", "init_on_alloc=0", "randomize_kstack_offset=off"];
 
 /// Of our boot-hints patch. Another kernel would hand them to init as unknown.
-const TCG_TUNED: &[&str] = &["lapic_khz=1000000", "keep_initmem"];
+const TCG_TUNED: &[&str] = &["lapic_khz=1000000", "keep_initmem", "quick_patching"];
 
 /// To move the kernel is the work of a bzImage's loader; ours has none, and does not move.
 const TCG_DISTRO: &[&str] = &["nokaslr"];
@@ -27,6 +27,9 @@ const TCG_DISTRO: &[&str] = &["nokaslr"];
 /// The whole command line.
 pub fn command_line(config: &VmConfig) -> String {
     let mut params: Vec<String> = ALWAYS.iter().map(ToString::to_string).collect();
+    if config.quiet {
+        params.push("quiet".to_owned());
+    }
     if config.accelerator == Accelerator::Tcg {
         params.extend(TCG.iter().chain(TCG_DEFENCES_OFF).map(ToString::to_string));
         if config.tsc_khz > 0 {
@@ -69,7 +72,7 @@ mod tests {
     #[test]
     fn under_kvm_a_guest_keeps_its_clock_and_its_defences() {
         let params = params(|config| config.accelerator = Accelerator::Kvm);
-        assert_eq!(params, ALWAYS);
+        assert_eq!(params, ["console=hvc0", "panic=-1", "quiet"]);
     }
 
     #[test]

@@ -16,10 +16,14 @@ mod config;
 mod console;
 mod error;
 mod exit;
+#[cfg(fuzzing)]
+pub mod fuzzing;
+mod image;
 pub mod kernel_params;
 mod kvm_test;
 mod qemu;
 pub mod tsc;
+mod vsock;
 
 use async_trait::async_trait;
 use tokio::net::UnixStream;
@@ -32,6 +36,7 @@ pub use console::Console;
 pub use error::HypervisorError;
 pub use exit::{Exited, VmExit};
 pub use qemu::{Qemu, QmpError, find_firmware};
+pub use vsock::{VHOST_VSOCK, VsockDevice, vsock_available};
 
 /// Something to plug into a running machine.
 #[derive(Debug)]
@@ -88,6 +93,9 @@ pub trait Hypervisor: Send {
 
     /// The host's end of the channel to the agent, once, when it is a serial one.
     fn take_agent_socket(&mut self) -> Option<UnixStream>;
+
+    /// The guest's address, when the channel to the agent is vsock.
+    fn vsock_cid(&self) -> Option<u32>;
 
     /// What the guest wrote on its console.
     fn console(&self) -> Console;

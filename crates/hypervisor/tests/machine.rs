@@ -12,7 +12,7 @@ mod initramfs;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -62,10 +62,15 @@ fn config(directory: &tempfile::TempDir, what: &str) -> VmConfig {
         qemu: "/usr/bin/qemu-system-x86_64".into(),
         firmware: None,
         kernel: kernel(),
-        kernel_kind: KernelKind::Tuned,
+        kernel_kind: KernelKind::of(&kernel()).unwrap(),
         initrd,
+        quiet: true,
         kernel_params: vec![format!("GUEST_DOES={what}")],
         machine: Machine::Q35,
+        machine_options: String::new(),
+        cpu_options: String::new(),
+        entropy: None,
+        filter: String::new(),
         accelerator: verdict.accelerator,
         tsc_khz: verdict.tsc_khz,
         memory_mib: 256,
@@ -203,7 +208,10 @@ async fn what_is_missing_is_named_before_anything_is_started() {
             _ => config.initrd = missing,
         }
         let error = Qemu::new(config).start().await.unwrap_err();
-        assert!(matches!(&error, HypervisorError::File { what, .. } if *what == broken), "{error}");
+        assert!(
+            matches!(&error, HypervisorError::File { what, .. } if what.ends_with(broken)),
+            "{error}"
+        );
     }
     let mut root = config(&directory, "sleep");
     root.uid = 0;
@@ -288,9 +296,13 @@ async fn a_directory_is_shared_by_9p() {
     let shared = tempfile::tempdir().unwrap();
     std::fs::write(shared.path().join("from-host"), "hello guest").unwrap();
     let mut config = config(&directory, "9p");
-    config.share = Some(Share::NineP { path: shared.path().into(), tag: "kataShared".to_owned() });
+    config.share = Some(Share::NineP { tag: "kataShared".to_owned() });
     let mut vm = started(config).await;
+    let at = kata_devices::SharePath::new(Path::new("share/c1/volume")).unwrap();
+    let qemu = vm.process().await.unwrap();
+    kata_devices::attach(&qemu, shared.path(), &at, false, true).unwrap();
     says(&vm, "read: hello guest").await;
+    says(&vm, "top: Some(ReadOnlyFilesystem)").await;
     says(&vm, "9p: Ok(())").await;
     let written = shared.path().join("from-guest");
     assert_eq!(std::fs::read_to_string(&written).unwrap(), "hello host");

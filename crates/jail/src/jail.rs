@@ -19,6 +19,8 @@ pub struct Jail {
     pub groups: Vec<u32>,
     /// What the root holds, in this order. Nothing else is visible.
     pub binds: Vec<Bind>,
+    /// Empty directories to have, for what is mounted in them later.
+    pub directories: Vec<PathBuf>,
     /// Device nodes to have under the same path, usable by `uid` alone.
     pub devices: Vec<PathBuf>,
     /// Capabilities that the process keeps.

@@ -63,6 +63,9 @@ pub(crate) fn change(jail: &Jail) -> Result<(), JailError> {
     for piece in pieces {
         piece.place()?;
     }
+    for path in &jail.directories {
+        directory(&in_jail(path)?)?;
+    }
     for device in devices {
         device.place(jail)?;
     }

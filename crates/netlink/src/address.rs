@@ -25,7 +25,7 @@ impl Address {
         socket.dump(request, |kind, body| (kind == libc::RTM_NEWADDR).then(|| Self::read(body))?)
     }
 
-    fn read(body: &[u8]) -> Option<Self> {
+    pub(crate) fn read(body: &[u8]) -> Option<Self> {
         let mut length = *body.get(1)?;
         let mut flags = u32::from(*body.get(2)?);
         let (mut local, mut address) = (None, None);

@@ -10,6 +10,8 @@
 //! message that is shorter than it says.
 
 mod address;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod link;
 mod mac;
 mod message;

@@ -70,7 +70,7 @@ impl Link {
         socket.dump(request, |kind, body| (kind == libc::RTM_NEWLINK).then(|| Self::read(body))?)
     }
 
-    fn read(body: &[u8]) -> Option<Self> {
+    pub(crate) fn read(body: &[u8]) -> Option<Self> {
         let ethernet = u16_at(body, 2)? == ARPHRD_ETHER;
         let mut link = Self {
             index: u32_at(body, 4)?,

@@ -30,7 +30,7 @@ impl Neighbour {
         socket.dump(request, |kind, body| (kind == libc::RTM_NEWNEIGH).then(|| Self::read(body))?)
     }
 
-    fn read(body: &[u8]) -> Option<Self> {
+    pub(crate) fn read(body: &[u8]) -> Option<Self> {
         if u16_at(body, 8)? & libc::NUD_PERMANENT == 0 {
             return None;
         }

@@ -42,7 +42,7 @@ impl Route {
         socket.dump(request, |kind, body| (kind == libc::RTM_NEWROUTE).then(|| Self::read(body))?)
     }
 
-    fn read(body: &[u8]) -> Option<Self> {
+    pub(crate) fn read(body: &[u8]) -> Option<Self> {
         let fixed: &[u8; 12] = body.get(..12)?.try_into().ok()?;
         let [family, length, _, _, table, protocol, scope, kind, ..] = *fixed;
         let flags = u32_at(body, 8)?;

@@ -24,6 +24,8 @@ mod tap;
 mod watch;
 
 pub use check::check;
+#[cfg(fuzzing)]
+pub use dns::fuzz_questions;
 pub use dns::{loopback_nameserver, serve_dns};
 pub use error::NetworkError;
 pub use guest::{Attachment, guest_network};

@@ -7,10 +7,14 @@
 //! Nothing here trusts the other side: the header's decoder is fuzzed, ids are parsed
 //! into [`Id`] before they name anything.
 
+mod causes;
+mod exit;
 mod id;
 pub mod stats;
 mod stream;
 
+pub use causes::chain;
+pub use exit::{exit_code, set_exit_code};
 pub use id::{Id, InvalidId};
 pub use stream::{InvalidHeader, StreamHeader, StreamKind};
 

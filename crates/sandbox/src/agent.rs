@@ -117,6 +117,7 @@ impl Agent {
         spec: Vec<u8>,
         stdio: message::Stdio,
         network: Option<message::Network>,
+        patience: Duration,
     ) -> Result<(), SandboxError> {
         let request = message::CreateContainerRequest {
             container_id: container.to_string(),
@@ -126,7 +127,7 @@ impl Agent {
             network: network.into(),
             ..Default::default()
         };
-        self.client.create_container(patience(), &request).await.map_err(failed)?;
+        self.client.create_container(context_of(patience), &request).await.map_err(failed)?;
         Ok(())
     }
 
@@ -288,7 +289,12 @@ fn patience() -> Context {
 fn failed(error: ttrpc::Error) -> SandboxError {
     match error {
         ttrpc::Error::RpcStatus(status) => {
-            SandboxError::Agent { code: status.code(), message: printable(status.message()) }
+            SandboxError::Agent {
+                code: status.code(),
+                message: printable(status.message()),
+                // Nothing but these is a program that could not be run.
+                exit: kata_protocol::exit_code(&status).filter(|code| matches!(code, 126 | 127)),
+            }
         }
         // ttRPC has no other way to tell it.
         ttrpc::Error::Others(text) if text.contains("deadline") => SandboxError::Late,

@@ -1,4 +1,7 @@
 //! What can go wrong with a sandbox, and how an engine is told.
+//!
+//! No error repeats its cause; who shows one to a person shows the whole chain
+//! ([`kata_protocol::chain`]).
 
 use std::io;
 use std::path::PathBuf;
@@ -8,7 +11,7 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // each variant is its message; fields are what it names
 pub enum SandboxError {
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}")]
     Bundle { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Spec(#[from] kata_oci::SpecError),
@@ -16,35 +19,35 @@ pub enum SandboxError {
     Id(#[from] kata_protocol::InvalidId),
     #[error("annotation {kind} says \"container\", but {missing} is missing")]
     Annotation { kind: &'static str, missing: &'static str },
-    #[error("configuration: {0}")]
+    #[error("cannot use the configuration")]
     Config(#[from] kata_config::ConfigError),
     #[error(transparent)]
     Storage(#[from] kata_storage::StorageError),
-    #[error("network: {0}")]
+    #[error("network")]
     Network(#[from] kata_network::NetworkError),
-    #[error("virtual machine: {0}")]
+    #[error("virtual machine")]
     Hypervisor(#[from] kata_hypervisor::HypervisorError),
     #[error(
-        "the container is on more networks than its virtual machine has room for ({networks}): disconnect it from one: {source}"
+        "the container is on more networks than its virtual machine has room for ({networks}): disconnect it from one"
     )]
     NoRoom { networks: usize, source: kata_hypervisor::HypervisorError },
-    #[error("devices process: {0}")]
+    #[error("devices process")]
     Devices(#[from] kata_devices::Error),
-    #[error("channel to the guest: {0}")]
+    #[error("channel to the guest")]
     Channel(#[from] kata_channel::ChannelError),
-    #[error("cannot use the cgroup {path}: {source}")]
+    #[error("cannot use the cgroup {path}")]
     Cgroup { path: String, source: kata_cgroups::CgroupError },
     #[error("{what} is missing at {path}: {remedy}")]
     Asset { what: &'static str, path: PathBuf, remedy: &'static str },
     #[error("{kind} hook {path}: {problem}", path = path.display())]
     Hook { kind: &'static str, path: PathBuf, problem: String },
-    #[error("cannot write the sandbox's state to {path}: {source}")]
+    #[error("cannot write the sandbox's state to {path}")]
     State { path: PathBuf, source: io::Error },
     #[error("{role} (pid {pid}) did not end within {waited:?} of SIGKILL: look at it with ps")]
     Stuck { pid: i32, role: String, waited: Duration },
     /// The guest's agent refused; its own words.
     #[error("{message}")]
-    Agent { code: ttrpc::Code, message: String },
+    Agent { code: ttrpc::Code, message: String, exit: Option<u8> },
     /// The virtual machine, or a process it cannot do without, is gone.
     #[error("the sandbox is lost: {0}")]
     Lost(String),
@@ -69,24 +72,14 @@ pub enum SandboxError {
     WrongState { what: &'static str, id: String, state: &'static str },
     #[error("{0} is not supported")]
     Unsupported(&'static str),
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {what}")]
     Io { what: String, source: io::Error },
 }
 
 impl SandboxError {
     /// What went wrong, with all its causes.
     pub fn text(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            let more = error.to_string();
-            // Some messages hold their cause already.
-            if !text.contains(&more) {
-                text = format!("{text}: {more}");
-            }
-            cause = error.source();
-        }
-        text
+        kata_protocol::chain(self)
     }
 
     /// The ttRPC code by which engines tell errors apart.
@@ -104,6 +97,15 @@ impl SandboxError {
             Self::Lost(_) | Self::Late | Self::Silent { .. } => Code::UNAVAILABLE,
             _ => Code::UNKNOWN,
         }
+    }
+
+    /// As a ttRPC status, with all there is to tell.
+    pub fn status(&self) -> ttrpc::proto::Status {
+        let mut status = ttrpc::get_status(self.code(), self.text());
+        if let Self::Agent { exit: Some(code), .. } = self {
+            kata_protocol::set_exit_code(&mut status, *code);
+        }
+        status
     }
 
     /// An I/O error with what was attempted.

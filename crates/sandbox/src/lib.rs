@@ -11,6 +11,8 @@ mod agent;
 mod container;
 mod dir;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod hooks;
 mod io;
 mod life;
@@ -19,6 +21,7 @@ mod network;
 mod pod;
 mod process;
 mod sandbox;
+mod share;
 mod stages;
 mod state;
 mod vm_config;

@@ -10,7 +10,7 @@ use crate::process::{Exit, Process, ProcessStatus, Stdio, lock};
 use crate::sandbox::{Event, ProcessState, Sandbox};
 use crate::{SandboxError, hooks};
 use kata_oci::Status;
-use kata_protocol::Id;
+use kata_protocol::{Id, chain};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -80,7 +80,7 @@ impl Sandbox {
         );
         if let Err(error) = hooks::run("poststart", &hooks.poststart, &state).await {
             // The specification: a failing poststart hook is logged, the container runs on.
-            tracing::warn!(sandbox = %self.id(), container = %container.id, %error, "hook failed");
+            tracing::warn!(sandbox = %self.id(), container = %container.id, error = %chain(&error), "hook failed");
         }
     }
 

@@ -5,20 +5,21 @@
 //! and every call that waits for the guest gives that cause instead of its own.
 
 use crate::agent::{Agent, Guest, Hello};
+use crate::container::Bundle;
 use crate::network::Network;
 use crate::process::lock;
+use crate::share::Share;
 use crate::stages::Stages;
 use crate::state::{MACHINE_ROLE, Resource, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
 use kata_channel::HostChannel;
 use kata_config::{Host, Limits, SandboxConfig, Sizing};
-use kata_devices::DevicesProcess;
 use kata_hypervisor::{Console, Device, Hypervisor, Qemu};
-use kata_network::Netns;
+use kata_network::{Mac, Netns};
 use kata_oci::Spec;
-use kata_protocol::{Id, SHARE_MOUNT, SHARE_TAG, StreamHeader, agent as message};
-use kata_storage::{Attachment, Source};
+use kata_protocol::{Id, StreamHeader, agent as message, chain};
+use kata_storage::Attachment;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -53,13 +54,18 @@ pub(crate) struct Machine {
     hypervisor: tokio::sync::Mutex<Qemu>,
     pid: i32,
     console: Console,
-    devices: Arc<DevicesProcess>,
+    share: Arc<Share>,
     channel: HostChannel,
     agent: Agent,
     guest: OnceCell<Guest>,
     hostname: String,
     vcpus: u32,
     patience: Duration,
+    create_patience: Duration,
+    /// Containers' seccomp profiles are left out.
+    without_seccomp: bool,
+    /// The console goes to the log.
+    debug: bool,
     cgroup: Cgroup,
     network: tokio::sync::Mutex<Option<Network>>,
     resolv_conf: Option<PathBuf>,
@@ -84,27 +90,24 @@ impl Machine {
 
         let model = vm_config::network_model(&config);
         let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
-        let nics = network.as_mut().map(Network::add_spare).transpose()?;
-        let (devices, share) =
-            DevicesProcess::spawn(boot.dir.path(), devices_options(&boot, &config)?)?;
-        lock(state).record_process(devices.child().pid(), "devices process")?;
-        stages.mark("devices process started");
-
-        let vm = vm_config::vm_config(&config, &sizing, boot.sandbox, share, nics)?;
-        let mut hypervisor = Qemu::new(vm);
-        let started = hypervisor.start().await;
-        if let Err(error) = started {
-            let _ = devices.child().kill(9);
-            return Err(error.into());
+        let nics = network.as_mut().map(Network::first_nics).transpose()?.unwrap_or_default();
+        let (share, device) = Share::start(&config, boot.sandbox, boot.dir)?;
+        if let Some(devices) = share.process() {
+            lock(state).record_process(devices.pid(), "devices process")?;
         }
+        stages.mark("share started");
+
+        let mut hypervisor =
+            start_vm(&boot, &config, &sizing, device, nics).await.inspect_err(|_| share.end())?;
         let pid = hypervisor.pids().first().copied().unwrap_or_default();
         lock(state).record_process(pid, MACHINE_ROLE)?;
         stages.mark("virtual machine started");
 
-        let socket = hypervisor
-            .take_agent_socket()
-            .ok_or(SandboxError::Unsupported("a machine without a serial channel"))?;
-        let channel = HostChannel::serial(socket);
+        let channel = match (hypervisor.vsock_cid(), hypervisor.take_agent_socket()) {
+            (Some(cid), _) => HostChannel::vsock(cid),
+            (None, Some(socket)) => HostChannel::serial(socket),
+            (None, None) => return Err(SandboxError::Unsupported("a machine without a channel")),
+        };
         let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
         let machine = Self {
             sandbox: boot.sandbox.clone(),
@@ -112,13 +115,16 @@ impl Machine {
             dir: boot.dir.clone(),
             pid,
             console: hypervisor.console(),
-            devices: Arc::new(devices),
+            share: Arc::new(share),
             channel,
             agent,
             guest: OnceCell::new(),
             hostname: boot.spec.hostname.clone(),
             vcpus: sizing.vcpus,
             patience: Duration::from_secs(config.agent.dial_timeout.into()),
+            create_patience: Duration::from_secs(config.runtime.create_container_timeout.into()),
+            without_seccomp: config.runtime.disable_guest_seccomp,
+            debug: config.hypervisor.enable_debug,
             cgroup,
             network: tokio::sync::Mutex::new(network),
             resolv_conf: boot.resolv_conf.map(Path::to_owned),
@@ -139,9 +145,10 @@ impl Machine {
         let lost = self.lost.clone();
         tokio::spawn(async move { tell(&lost, vm.wait().await.to_string()) });
 
-        let (devices, lost) = (Arc::clone(&self.devices), self.lost.clone());
+        let (share, lost) = (Arc::clone(&self.share), self.lost.clone());
         tokio::spawn(async move {
-            let ended = devices.child().wait().await;
+            let Some(devices) = share.process() else { return };
+            let ended = devices.wait().await;
             if ended.as_ref().is_ok_and(|status| status.success()) {
                 // It ends by itself only when the VMM has: that death is the cause to tell.
                 tokio::time::sleep(CAUSE).await;
@@ -202,15 +209,9 @@ impl Machine {
     }
 
     /// Puts host paths into the share.
-    pub(crate) fn attach(&self, attachments: &[Attachment]) -> Result<(), SandboxError> {
+    pub(crate) async fn attach(&self, attachments: &[Attachment]) -> Result<(), SandboxError> {
         for attachment in attachments {
-            let Attachment { source, at, readonly, recursive } = attachment;
-            match source {
-                Source::Path(path) => self.devices.attach(path, at, *readonly, *recursive)?,
-                Source::FileSystem(fs) => {
-                    self.devices.mount(&fs.kind, &fs.source, &fs.options, at)?;
-                }
-            }
+            self.share.attach(&self.hypervisor, attachment).await?;
         }
         self.mark("share attached");
         Ok(())
@@ -219,8 +220,8 @@ impl Machine {
     /// Takes them out again.
     pub(crate) fn detach(&self, attached: &[PathBuf]) {
         for at in attached.iter().rev() {
-            if let Err(error) = self.devices.detach(at) {
-                tracing::debug!(sandbox = %self.sandbox, %error, "cannot detach");
+            if let Err(error) = self.share.detach(at) {
+                tracing::debug!(sandbox = %self.sandbox, error = %chain(&error), "cannot detach");
             }
         }
     }
@@ -231,13 +232,7 @@ impl Machine {
             let hello = Hello {
                 sandbox: self.sandbox.to_string(),
                 hostname: self.hostname.clone(),
-                storages: vec![message::Storage {
-                    driver: "virtiofs".to_owned(),
-                    source: SHARE_TAG.to_owned(),
-                    fstype: "virtiofs".to_owned(),
-                    mount_point: SHARE_MOUNT.to_owned(),
-                    ..Default::default()
-                }],
+                storages: vec![self.share.storage()],
                 online_cpus: self.vcpus,
             };
             let guest = self.call(self.agent.connect(hello, self.patience)).await;
@@ -307,6 +302,20 @@ impl Machine {
         self.stopping.load(Ordering::Relaxed)
     }
 
+    /// Hands a container over to the guest.
+    pub(crate) async fn create(
+        &self,
+        bundle: &Bundle,
+        stdio: message::Stdio,
+        network: Option<message::Network>,
+    ) -> Result<(), SandboxError> {
+        let Bundle { id, path, plan, .. } = bundle;
+        let spec =
+            if self.without_seccomp { without_seccomp(&plan.spec)? } else { plan.spec.clone() };
+        let patience = self.create_patience;
+        self.call(self.agent.create(id, path, spec, stdio, network, patience)).await
+    }
+
     /// Joins what is new in the engine's namespace; gives the guest's network when the
     /// guest does not know it yet.
     pub(crate) async fn network_change(&self) -> Result<Option<message::Network>, SandboxError> {
@@ -318,8 +327,7 @@ impl Machine {
 
     /// A NIC for each interface that has none.
     async fn plug_nics(&self, network: &mut Network) -> Result<(), SandboxError> {
-        for _ in 0..network.missing()? {
-            let (tap, mac) = network.add_spare()?;
+        while let Some((tap, mac)) = network.grow()? {
             let nic = vm_config::nic(tap, mac);
             let plugged = self.hypervisor.lock().await.plug(Device::Nic(nic)).await;
             if let Err(source) = plugged {
@@ -366,7 +374,7 @@ impl Machine {
         let sandbox = self.sandbox.clone();
         let task = tokio::spawn(async move {
             if let Err(error) = kata_network::serve_dns(&netns, address, stream).await {
-                tracing::warn!(%sandbox, %error, "names are no longer resolved for the guest");
+                tracing::warn!(%sandbox, error = %chain(&error), "names are no longer resolved for the guest");
             }
         });
         *served = Some((address, task.abort_handle()));
@@ -382,7 +390,7 @@ impl Machine {
                 _cause = machine.lost() => Ok(()),
             };
             if let Err(error) = followed {
-                tracing::warn!(sandbox = %machine.sandbox, %error,
+                tracing::warn!(sandbox = %machine.sandbox, error = %chain(&error),
                     "changes of the network are no longer followed");
             }
         });
@@ -396,7 +404,7 @@ impl Machine {
         let mut changes = kata_network::Changes::watch(&netns)?;
         loop {
             if let Err(error) = self.follow_once().await {
-                tracing::warn!(sandbox = %self.sandbox, %error,
+                tracing::warn!(sandbox = %self.sandbox, error = %chain(&error),
                     "the guest's network is not what the engine made it");
             }
             changes.next().await?;
@@ -429,15 +437,34 @@ impl Machine {
             }
         }
         if let Err(error) = self.hypervisor.lock().await.stop().await {
-            tracing::warn!(sandbox = %self.sandbox, %error, "cannot stop the virtual machine in order");
+            tracing::warn!(sandbox = %self.sandbox, error = %chain(&error), "cannot stop the virtual machine in order");
         }
-        let _ = self.devices.child().kill(libc::SIGKILL);
-        let _ = self.devices.child().wait().await;
+        if self.debug {
+            for line in self.console.last_lines(usize::MAX) {
+                tracing::info!(sandbox = %self.sandbox, "console: {line}");
+            }
+        }
+        if let Some(devices) = self.share.process() {
+            let _ = devices.kill(libc::SIGKILL);
+            let _ = devices.wait().await;
+        }
         if let Some(network) = self.network.lock().await.as_mut() {
             network.unjoin();
         }
         tell(&self.lost, "it was stopped".to_owned());
     }
+}
+
+/// `config.json` without the seccomp profile.
+fn without_seccomp(spec: &[u8]) -> Result<Vec<u8>, SandboxError> {
+    let rewritten = || -> serde_json::Result<Vec<u8>> {
+        let mut spec: serde_json::Value = serde_json::from_slice(spec)?;
+        if let Some(linux) = spec.get_mut("linux").and_then(serde_json::Value::as_object_mut) {
+            linux.remove("seccomp");
+        }
+        serde_json::to_vec(&spec)
+    };
+    rewritten().map_err(|error| SandboxError::io("leave a seccomp profile out")(error.into()))
 }
 
 fn tell(lost: &watch::Sender<Option<String>>, cause: String) {
@@ -448,22 +475,18 @@ fn tell(lost: &watch::Sender<Option<String>>, cause: String) {
     });
 }
 
-fn devices_options(
+/// Starts the virtual machine; returns while it boots.
+async fn start_vm(
     boot: &Boot<'_>,
     config: &SandboxConfig,
-) -> Result<kata_devices::Options, SandboxError> {
-    let log: OwnedFd = std::fs::File::options()
-        .append(true)
-        .create(true)
-        .open(boot.dir.log())
-        .map_err(SandboxError::io("open the sandbox's log"))?
-        .into();
-    Ok(kata_devices::Options {
-        title: format!("kata-devices {}", boot.sandbox).into(),
-        cache: vm_config::cache(config),
-        stderr: Some(log),
-        ..Default::default()
-    })
+    sizing: &Sizing,
+    share: kata_hypervisor::Share,
+    nics: Vec<(OwnedFd, Mac)>,
+) -> Result<Qemu, SandboxError> {
+    let vm = vm_config::vm_config(config, sizing, boot.sandbox, share, nics)?;
+    let mut hypervisor = Qemu::new(vm);
+    hypervisor.start().await?;
+    Ok(hypervisor)
 }
 
 /// The configuration of this sandbox, and how large its VM is to be.

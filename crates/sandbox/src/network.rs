@@ -1,14 +1,16 @@
 //! The sandbox's network: what is in the engine's namespace becomes the guest's.
 //!
-//! One NIC is plugged before the guest starts, with a tap that nobody has joined yet, so
-//! that an engine may connect the network late. Each time the namespace changes,
-//! [`Network::sync`] joins what is new, parts from what is gone, and says what the guest is
-//! to be told. A NIC whose interface is gone waits for the next one, so that networks may
-//! come and go as often as the engine likes.
+//! With `tcfilter` one NIC is plugged before the guest starts, with a tap that nobody has
+//! joined yet, so that an engine may connect the network late; a NIC whose interface is gone
+//! waits for the next one, so that networks may come and go as often as the engine likes. A
+//! macvtap belongs to its interface: there is a NIC when there is an interface, plugged if
+//! the guest runs already. Each time the namespace changes, [`Network::grow`] makes the NICs
+//! that are missing, and [`Network::sync`] joins what is new, parts from what is gone, and
+//! says what the guest is to be told.
 
 use crate::SandboxError;
 use kata_network::{Attachment, Link, Mac, Model, Netns, TAP_PREFIX, Tap};
-use kata_protocol::{agent, limits};
+use kata_protocol::{agent, chain, limits};
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -58,9 +60,34 @@ impl Network {
         Arc::clone(&self.netns)
     }
 
-    /// Makes a tap for a NIC that is plugged before any interface is known.
-    /// Gives what the VMM needs for it.
-    pub(crate) fn add_spare(&mut self) -> Result<(OwnedFd, Mac), SandboxError> {
+    /// The NICs that the machine starts with: what the VMM needs for each.
+    pub(crate) fn first_nics(&mut self) -> Result<Vec<(OwnedFd, Mac)>, SandboxError> {
+        match self.model {
+            Model::TcFilter => Ok(vec![self.add_spare()?]),
+            Model::Macvtap => std::iter::from_fn(|| self.grow().transpose()).collect(),
+            Model::None => Ok(Vec::new()),
+        }
+    }
+
+    /// Makes a NIC for an interface of the namespace that none stands for; none when there
+    /// is no such. Gives what the VMM needs for it; it must be plugged before the next one
+    /// is made, and before [`Network::sync`].
+    pub(crate) fn grow(&mut self) -> Result<Option<(OwnedFd, Mac)>, SandboxError> {
+        if self.full || self.joined.len() >= limits::INTERFACES {
+            return Ok(None);
+        }
+        let state = kata_network::scan(&self.netns)?;
+        let new = state.links.iter().filter(|link| !self.is_joined(link.index));
+        let new: Vec<&Link> = new.collect();
+        match self.model {
+            Model::TcFilter if new.len() > self.spare.len() => self.add_spare().map(Some),
+            Model::Macvtap => new.first().map(|link| self.add_on(link)).transpose(),
+            Model::TcFilter | Model::None => Ok(None),
+        }
+    }
+
+    /// A NIC with a tap that no interface uses yet.
+    fn add_spare(&mut self) -> Result<(OwnedFd, Mac), SandboxError> {
         let name = self.next_name();
         let nic = Nic { tap: Tap::create(&self.netns, &name)?, device: new_mac()? };
         let plugged = nic.plug()?;
@@ -68,24 +95,24 @@ impl Network {
         Ok(plugged)
     }
 
+    /// A NIC whose macvtap is on `link`.
+    fn add_on(&mut self, link: &Link) -> Result<(OwnedFd, Mac), SandboxError> {
+        let name = self.next_name();
+        let nic = Nic { tap: Tap::on_link(&self.netns, link, &name)?, device: new_mac()? };
+        let plugged = nic.plug()?;
+        self.joined.push(Joined { link: link.clone(), nic, answers: false });
+        Ok(plugged)
+    }
+
     /// Takes back the NIC that was added last, for which the machine has no room: none is
     /// missing from now on. Returns how many there are.
     pub(crate) fn take_back(&mut self) -> usize {
-        self.spare.pop_back();
+        match self.model {
+            Model::Macvtap => drop(self.joined.pop()),
+            Model::TcFilter | Model::None => drop(self.spare.pop_back()),
+        }
         self.full = true;
         self.spare.len() + self.joined.len()
-    }
-
-    /// Interfaces of the namespace that no NIC stands for, when no spare one is left:
-    /// so many NICs must be plugged before [`Network::sync`].
-    pub(crate) fn missing(&self) -> Result<usize, SandboxError> {
-        if self.full {
-            return Ok(0);
-        }
-        let state = kata_network::scan(&self.netns)?;
-        let new = state.links.iter().filter(|link| !self.is_joined(link.index)).count();
-        let room = limits::INTERFACES.saturating_sub(self.joined.len());
-        Ok(new.min(room).saturating_sub(self.spare.len()))
     }
 
     fn is_joined(&self, index: u32) -> bool {
@@ -103,6 +130,7 @@ impl Network {
         for link in &state.links {
             match self.joined.iter_mut().find(|joined| joined.link.index == link.index) {
                 Some(joined) => joined.follow(&self.netns, link)?,
+                None if self.model == Model::None => {}
                 None => {
                     let Some(nic) = self.spare.pop_front() else {
                         tracing::warn!(link = link.name, "no room for this network in the guest");
@@ -113,7 +141,7 @@ impl Network {
                 }
             }
         }
-        if resolver.is_some() {
+        if resolver.is_some() && self.model == Model::TcFilter {
             for joined in self.joined.iter_mut().filter(|joined| !joined.answers) {
                 kata_network::let_answers_in(&self.netns, &joined.link, &joined.nic.tap)?;
                 joined.answers = true;
@@ -138,8 +166,12 @@ impl Network {
         let gone = |joined: &mut Joined| links.iter().all(|link| link.index != joined.link.index);
         let gone: Vec<Joined> = self.joined.extract_if(.., gone).collect();
         for Joined { link, nic, .. } in gone {
+            if self.model == Model::Macvtap {
+                // It went with its interface, and its device is of no use any more.
+                continue;
+            }
             if let Err(error) = kata_network::part(&self.netns, &nic.tap) {
-                tracing::warn!(%error, link = link.name, "cannot part from a removed interface");
+                tracing::warn!(error = %chain(&error), link = link.name, "cannot part from a removed interface");
             }
             self.spare.push_back(nic);
         }
@@ -150,7 +182,7 @@ impl Network {
         for Joined { link, nic, .. } in self.joined.drain(..) {
             if let Err(error) = kata_network::unjoin(&self.netns, &link.name, &nic.tap.name) {
                 // The namespace is the engine's and may be gone with all that is in it.
-                tracing::debug!(%error, link = link.name, "cannot unjoin");
+                tracing::debug!(error = %chain(&error), link = link.name, "cannot unjoin");
             }
         }
     }

@@ -14,7 +14,7 @@ use crate::state::{StateFile, remove_cgroup};
 use crate::{SandboxDir, SandboxError, hooks};
 use kata_network::Netns;
 use kata_oci::Status;
-use kata_protocol::{Id, limits};
+use kata_protocol::{Id, chain, limits};
 use kata_storage::FileSystem;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -277,7 +277,7 @@ impl Sandbox {
         let hooks = bundle.hooks();
         let attachments = if bundle.in_guest { &bundle.plan.attachments[..] } else { &[] };
         let prepare = async {
-            machine.attach(attachments)?;
+            machine.attach(attachments).await?;
             hooks::run("prestart", &hooks.prestart, &state).await?;
             hooks::run("createRuntime", &hooks.create_runtime, &state).await
         };
@@ -291,9 +291,7 @@ impl Sandbox {
         if bundle.in_guest {
             let streams = std::mem::take(&mut request.stdio.streams);
             process.set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
-            let spec = bundle.plan.spec.clone();
-            let agent = machine.agent();
-            machine.call(agent.create(&bundle.id, &bundle.path, spec, message, network)).await?;
+            machine.create(&bundle, message, network).await?;
         } else if let Some(network) = network {
             machine.call(machine.agent().configure_network(&network)).await?;
         }
@@ -341,7 +339,7 @@ impl Sandbox {
         if let Some(machine) = machine.filter(|machine| !machine.is_over() && container.in_guest) {
             let removed = machine.call(machine.agent().delete(process)).await;
             if let Err(error) = removed {
-                tracing::debug!(sandbox = %self.id, %error, "the guest had nothing to delete");
+                tracing::debug!(sandbox = %self.id, error = %chain(&error), "the guest had nothing to delete");
             }
             if process.exec.is_none() {
                 machine.detach(&container.attached);
@@ -376,7 +374,7 @@ impl Sandbox {
         let state =
             hook_state(&container.id, &container.bundle, &container.spec, Status::Stopped, 0);
         if let Err(error) = hooks::run("poststop", &hooks.poststop, &state).await {
-            tracing::warn!(sandbox = %self.id, container = %container.id, %error, "hook failed");
+            tracing::warn!(sandbox = %self.id, container = %container.id, error = %chain(&error), "hook failed");
         }
         tracing::info!(sandbox = %self.id, container = %container.id, "container deleted");
     }
@@ -390,7 +388,7 @@ impl Sandbox {
         self.end_machine().await;
         lock(&self.state).remove_sockets();
         if let Err(error) = self.dir.remove() {
-            tracing::warn!(sandbox = %self.id, %error, "cannot remove the sandbox's directory");
+            tracing::warn!(sandbox = %self.id, error = %chain(&error), "cannot remove the sandbox's directory");
         }
         true
     }
@@ -407,7 +405,7 @@ impl Sandbox {
         for path in lock(&self.state).cgroups() {
             let removed = crate::machine::leave_cgroup().and_then(|()| remove_cgroup(&path));
             if let Err(error) = removed {
-                tracing::warn!(sandbox = %self.id, %error, "cannot remove a cgroup");
+                tracing::warn!(sandbox = %self.id, error = %chain(&error), "cannot remove a cgroup");
             }
         }
     }

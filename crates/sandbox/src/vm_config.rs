@@ -1,17 +1,16 @@
 //! The configuration's terms in the terms of the VMM, the share and the network.
 
 use crate::SandboxError;
-use kata_config::{
-    Accelerator, Channel, FsCache, Machine, NetworkModel, SandboxConfig, SharedFs, Sizing,
-};
-use kata_devices::Cache;
+use kata_config::{Accelerator, Channel, Machine, NetworkModel, SandboxConfig, Sizing};
 use kata_hypervisor::{
-    AcceleratorChoice, ChannelKind, KernelKind, Nic, Share, VmConfig, accelerator,
+    AcceleratorChoice, ChannelKind, KernelKind, Nic, Share, VHOST_VSOCK, VmConfig, VsockDevice,
+    accelerator,
 };
 use kata_network::{Mac, Model};
-use kata_protocol::{Id, SHARE_TAG};
+use kata_protocol::Id;
+use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub(crate) fn network_model(config: &SandboxConfig) -> Model {
     match config.runtime.internetworking_model {
@@ -21,30 +20,15 @@ pub(crate) fn network_model(config: &SandboxConfig) -> Model {
     }
 }
 
-pub(crate) fn cache(config: &SandboxConfig) -> Cache {
-    match config.hypervisor.virtio_fs_cache {
-        FsCache::Never => Cache::Never,
-        // The library has no mode between these two; names and attributes are kept alike.
-        FsCache::Metadata | FsCache::Auto => Cache::Auto,
-        FsCache::Always => Cache::Always,
-    }
-}
-
-/// The machine to start: the configuration's, of this size, with this share and NIC.
+/// The machine to start: the configuration's, of this size, with this share and these NICs.
 pub(crate) fn vm_config(
     config: &SandboxConfig,
     sizing: &Sizing,
     sandbox: &Id,
-    share: OwnedFd,
-    nic: Option<(OwnedFd, Mac)>,
+    share: Share,
+    nics: Vec<(OwnedFd, Mac)>,
 ) -> Result<VmConfig, SandboxError> {
     let hypervisor = &config.hypervisor;
-    if hypervisor.shared_fs != SharedFs::VirtioFs {
-        return Err(SandboxError::Unsupported("a shared_fs other than \"virtio-fs\""));
-    }
-    if hypervisor.channel == Channel::Vsock {
-        return Err(SandboxError::Unsupported("the vsock channel on this host"));
-    }
     let verdict = accelerator::choose(match hypervisor.accelerator {
         Accelerator::Auto => AcceleratorChoice::Auto,
         Accelerator::Kvm => AcceleratorChoice::Kvm,
@@ -55,6 +39,13 @@ pub(crate) fn vm_config(
         // The second processor costs a third of a second at boot; the agent brings it up later.
         kernel_params.push("maxcpus=1".to_owned());
     }
+    let channel = match vsock(hypervisor.channel, VsockDevice::claim)? {
+        Some(device) => {
+            kernel_params.push("agent.channel=vsock".to_owned());
+            ChannelKind::Vsock(device)
+        }
+        None => ChannelKind::Serial,
+    };
     if config.agent.enable_debug {
         kernel_params.push("agent.log=debug".to_owned());
     }
@@ -63,9 +54,14 @@ pub(crate) fn vm_config(
         qemu: hypervisor.path.clone(),
         firmware: hypervisor.firmware.clone(),
         kernel: hypervisor.kernel.clone(),
-        kernel_kind: kernel_kind(&hypervisor.kernel),
+        kernel_kind: KernelKind::of(&hypervisor.kernel)?,
         initrd: hypervisor.initrd.clone(),
+        quiet: !hypervisor.enable_debug,
         kernel_params,
+        machine_options: hypervisor.machine_accelerators.clone(),
+        cpu_options: hypervisor.cpu_features.clone(),
+        entropy: entropy(&hypervisor.entropy_source),
+        filter: hypervisor.seccompsandbox.clone(),
         machine: match hypervisor.machine {
             Machine::Q35 => kata_hypervisor::Machine::Q35,
             Machine::Microvm => kata_hypervisor::Machine::Microvm,
@@ -75,10 +71,10 @@ pub(crate) fn vm_config(
         memory_mib: sizing.memory_mib,
         vcpus: sizing.vcpus,
         max_vcpus: sizing.max_vcpus,
-        nics: nic.map(|(tap, mac)| self::nic(tap, mac)).into_iter().collect(),
+        nics: nics.into_iter().map(|(tap, mac)| nic(tap, mac)).collect(),
         hotplug_ports: HOTPLUG_PORTS,
-        share: Some(Share::VhostUserFs { socket: share, tag: SHARE_TAG.to_owned() }),
-        channel: ChannelKind::Serial,
+        share: Some(share),
+        channel,
         jail: true,
         uid: FIRST_UID + std::process::id(),
     })
@@ -91,15 +87,60 @@ const HOTPLUG_PORTS: u32 = 3;
 /// (pids are below 2²²). Nobody else has users of so high a number.
 const FIRST_UID: u32 = 0x7000_0000;
 
-/// Only the kernel that we build takes the parameters of our patch.
-fn kernel_kind(kernel: &Path) -> KernelKind {
-    if kernel.file_name().is_some_and(|name| name == "vmlinux") {
-        KernelKind::Tuned
-    } else {
-        KernelKind::Distro
+pub(crate) fn nic(tap: OwnedFd, mac: Mac) -> Nic {
+    Nic { tap, mac: kata_hypervisor::Mac(mac.bytes()) }
+}
+
+/// The device that random numbers come from, where it is not the kernel: QEMU asks that itself.
+fn entropy(source: &Path) -> Option<PathBuf> {
+    let kernel = ["/dev/urandom", "/dev/random"].iter().any(|path| source == Path::new(path));
+    (!kernel).then(|| source.to_owned())
+}
+
+/// Which carrier the agent's channel has: vsock where it is wanted and the host has it, which
+/// `claim` finds out; none is the serial port.
+fn vsock<T>(
+    wanted: Channel,
+    claim: impl FnOnce() -> io::Result<T>,
+) -> Result<Option<T>, SandboxError> {
+    match wanted {
+        Channel::Serial => Ok(None),
+        Channel::Vsock => claim().map(Some).map_err(SandboxError::io(format!(
+            "use {VHOST_VSOCK} for channel = \"vsock\": load the module vhost_vsock, or say \"auto\""
+        ))),
+        Channel::Auto => match claim() {
+            Ok(device) => Ok(Some(device)),
+            Err(error) => {
+                tracing::debug!(%error, "no vsock: the agent is reached by a serial port");
+                Ok(None)
+            }
+        },
     }
 }
 
-pub(crate) fn nic(tap: OwnedFd, mac: Mac) -> Nic {
-    Nic { tap, mac: kata_hypervisor::Mac(mac.bytes()) }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn has() -> io::Result<&'static str> {
+        Ok("device")
+    }
+
+    fn has_not() -> io::Result<&'static str> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    #[test]
+    fn vsock_is_taken_where_the_host_has_it_unless_the_configuration_says_otherwise() {
+        assert_eq!(vsock(Channel::Auto, has).unwrap(), Some("device"));
+        assert_eq!(vsock(Channel::Auto, has_not).unwrap(), None);
+        assert_eq!(vsock(Channel::Vsock, has).unwrap(), Some("device"));
+        assert_eq!(vsock(Channel::Serial, || -> io::Result<()> { panic!("tried") }).unwrap(), None);
+    }
+
+    #[test]
+    fn vsock_that_is_asked_for_and_not_there_is_an_error_that_names_the_device() {
+        let error = vsock(Channel::Vsock, has_not).unwrap_err();
+        assert!(error.to_string().contains("/dev/vhost-vsock"), "{error}");
+    }
 }

@@ -3,7 +3,7 @@
 
 use crate::attach::{HELLO_FDS, Hello, MAX_PACKET, ToServer, ToStandIn};
 use anyhow::{Context, bail, ensure};
-use kata_protocol::Id;
+use kata_protocol::{Id, chain};
 use kata_sandbox::{EngineStreams, ProcessRef, Sandbox, Stdio, watch_fd};
 use nix::cmsg_space;
 use nix::sys::socket::{self, ControlMessageOwned, MsgFlags};
@@ -175,7 +175,7 @@ async fn stand(
             }
         };
         if let Err(error) = done {
-            tracing::debug!(sandbox = %sandbox.id(), %error, "a stand-in's wish failed");
+            tracing::debug!(sandbox = %sandbox.id(), error = %chain(&error), "a stand-in's wish failed");
         }
     }
     if process.exec.is_some() {

@@ -2,7 +2,8 @@
 //! which every client of the Task API understands).
 
 use containerd_shim_protos::cgroups::metrics::{
-    CPUStat, CPUUsage, MemoryEntry, MemoryStat, Metrics, NetworkStat, PidsStat, Throttle,
+    CPUStat, CPUUsage, MemoryEntry, MemoryOomControl, MemoryStat, Metrics, NetworkStat, PidsStat,
+    Throttle,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
@@ -63,6 +64,10 @@ fn metrics(stats: &StatsResponse) -> Metrics {
             }),
             ..Default::default()
         }),
+        memory_oom_control: MessageField::some(MemoryOomControl {
+            oom_kill: memory.oom_kills,
+            ..Default::default()
+        }),
         pids: MessageField::some(PidsStat {
             current: pids.current,
             limit: pids.limit,
@@ -85,5 +90,19 @@ fn metrics(stats: &StatsResponse) -> Metrics {
             })
             .collect(),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kata_protocol::agent::MemoryStats;
+
+    #[test]
+    fn kills_for_want_of_memory_are_counted() {
+        let memory = MemoryStats { oom_kills: 3, ..Default::default() };
+        let stats = StatsResponse { memory: MessageField::some(memory), ..Default::default() };
+        let metrics = Metrics::parse_from_bytes(&to_any(&stats).value).unwrap();
+        assert_eq!(metrics.memory_oom_control.oom_kill, 3);
     }
 }

@@ -342,7 +342,7 @@ fn answer<T>(result: Result<T, SandboxError>) -> Answer<T> {
 }
 
 fn refused(error: &SandboxError) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.text()))
+    ttrpc::Error::RpcStatus(error.status())
 }
 
 fn unknown(error: &anyhow::Error) -> ttrpc::Error {

@@ -2,6 +2,7 @@
 
 mod basics;
 mod build;
+mod choices;
 mod lifecycle;
 mod network;
 mod options;
@@ -22,5 +23,6 @@ pub fn trials() -> Vec<Trial<Docker>> {
     all.extend(network::trials());
     all.extend(oracle::trials());
     all.extend(build::trials());
+    all.extend(choices::trials());
     all
 }

@@ -145,13 +145,19 @@ pub enum ContainerError {
 impl ContainerError {
     /// The exit code engines give such a failure: 127 when there is no such program, 126
     /// when it cannot be executed, else 1.
-    pub fn exit_code(&self) -> u32 {
+    pub fn exit_code(&self) -> Option<u8> {
         match self {
-            Self::Program { missing: true, .. } => 127,
-            Self::Program { missing: false, .. } => 126,
-            _ => 1,
+            Self::Program { missing: true, .. } => Some(127),
+            Self::Program { missing: false, .. } => Some(126),
+            _ => None,
         }
     }
+}
+
+/// Compiles a seccomp profile, for the fuzz target; gives how long the filter is when written out.
+#[cfg(fuzzing)]
+pub fn fuzz_seccomp(profile: &kata_oci::Seccomp) -> Option<usize> {
+    seccomp::Filter::compile(profile).ok().map(|filter| format!("{filter:?}").len())
 }
 
 impl From<Failure> for ContainerError {

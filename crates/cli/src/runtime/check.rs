@@ -2,8 +2,11 @@
 
 use super::Call;
 use anyhow::Result;
-use kata_config::{Accelerator, SandboxConfig};
-use kata_hypervisor::{AcceleratorChoice, accelerator, find_firmware};
+use kata_config::{Accelerator, Channel, SandboxConfig};
+use kata_hypervisor::{
+    AcceleratorChoice, VHOST_VSOCK, accelerator, find_firmware, vsock_available,
+};
+use std::io;
 use std::path::Path;
 
 /// One line of the report.
@@ -86,12 +89,7 @@ fn findings(config: &SandboxConfig) -> Vec<Finding> {
             needed: false,
         },
         file("tap devices", Path::new("/dev/net/tun"), "modprobe tun", true),
-        file(
-            "vsock",
-            Path::new("/dev/vhost-vsock"),
-            "the agent is reached by a serial port",
-            false,
-        ),
+        channel(hypervisor.channel, vsock_available()),
         Finding {
             what: "control groups",
             found: kata_cgroups::Hierarchy::detect()
@@ -103,4 +101,33 @@ fn findings(config: &SandboxConfig) -> Vec<Finding> {
             needed: true,
         },
     ]
+}
+
+/// By what the agent will be reached.
+fn channel(wanted: Channel, vsock: io::Result<()>) -> Finding {
+    let found = match (wanted, vsock) {
+        (Channel::Serial, _) => Ok("a serial port, as the configuration says".to_owned()),
+        (_, Ok(())) => Ok(format!("vsock ({VHOST_VSOCK})")),
+        (Channel::Auto, Err(error)) => {
+            Ok(format!("a serial port (no vsock: {VHOST_VSOCK}: {error})"))
+        }
+        (Channel::Vsock, Err(error)) => {
+            Err(format!("{VHOST_VSOCK}: {error}; modprobe vhost_vsock, or say channel = \"auto\""))
+        }
+    };
+    Finding { what: "agent channel", found, needed: true }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_vsock_is_able_unless_the_configuration_wants_vsock() {
+        let none = || Err(io::ErrorKind::NotFound.into());
+        assert!(channel(Channel::Auto, none()).found.unwrap().contains("a serial port (no vsock"));
+        assert!(channel(Channel::Auto, Ok(())).found.unwrap().starts_with("vsock"));
+        assert!(channel(Channel::Serial, none()).found.is_ok());
+        assert!(channel(Channel::Vsock, none()).found.unwrap_err().contains("modprobe"));
+    }
 }

@@ -27,7 +27,11 @@ pub fn kata_env(config: Option<&Path>, as_json: bool) -> Result<u8> {
         "Agent": &config.agent,
         "Settings": &config.runtime,
         "Factory": &config.factory,
-        "Host": { "Kernel": kernel(), "Architecture": std::env::consts::ARCH },
+        "Host": {
+            "Kernel": kernel(),
+            "Architecture": std::env::consts::ARCH,
+            "Vsock": kata_hypervisor::vsock_available().is_ok(),
+        },
     });
     if as_json {
         println!("{}", serde_json::to_string_pretty(&value)?);

@@ -1,13 +1,12 @@
 //! QEMU's command line, and the descriptors that go with it.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::os::fd::{OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::config::{Accelerator, ChannelKind, Machine, Nic, Share, VmConfig};
-use crate::error::{HypervisorError, host};
 use crate::kernel_params;
+use crate::qemu::cage::SHARE;
 
 /// The first descriptor number given to QEMU.
 const FIRST_FD: RawFd = 10;
@@ -15,8 +14,6 @@ const FIRST_FD: RawFd = 10;
 const SERIAL_PORT: &str = "kata.agent.0";
 /// QEMU's own filter: it starts nothing, gains nothing, changes no limits.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
-/// The host's vsock device.
-const VHOST_VSOCK: &str = "/dev/vhost-vsock";
 
 /// Where QEMU sees the files that it loads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,8 +22,6 @@ pub(crate) struct Paths {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
     pub firmware: Option<PathBuf>,
-    /// The shared directory, for 9p.
-    pub share: PathBuf,
 }
 
 /// Our ends of QEMU's sockets go to QEMU here.
@@ -51,11 +46,11 @@ impl CommandLine {
         paths: &Paths,
         sockets: Sockets,
         qemu_major: u32,
-    ) -> Result<Self, HypervisorError> {
+    ) -> Self {
         let mut line = Self { args: Vec::new(), fds: Vec::new() };
         line.machine(config, qemu_major);
         line.kernel(config, paths);
-        line.sockets(config, sockets)?;
+        line.sockets(config, sockets);
         let ports = if config.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
         for index in 0..ports {
             line.option("-device", root_port(index));
@@ -64,9 +59,9 @@ impl CommandLine {
             line.nic(config.machine, index, nic);
         }
         if let Some(share) = config.share.take() {
-            line.share(config.machine, share, &paths.share);
+            line.share(config.machine, share);
         }
-        Ok(line)
+        line
     }
 
     fn machine(&mut self, config: &VmConfig, qemu_major: u32) {
@@ -75,7 +70,8 @@ impl CommandLine {
             self.args.push(flag.into());
         }
         self.option("-display", "none");
-        self.option("-sandbox", SANDBOX);
+        let filter = if config.filter.is_empty() { SANDBOX } else { &config.filter };
+        self.option("-sandbox", filter);
         let mut machine = match config.machine {
             Machine::Q35 => "q35,sata=off,smbus=off,smm=off,vmport=off,i8042=off,graphics=off",
             // Without its clock the kernel polls for one, for two seconds.
@@ -90,9 +86,12 @@ impl CommandLine {
             self.option("-object", backend);
         }
         machine.push_str(",dump-guest-core=off");
+        push_options(&mut machine, &config.machine_options);
         self.option("-machine", machine);
         self.option("-accel", config.accelerator.as_str());
-        self.option("-cpu", cpu(config.accelerator, qemu_major));
+        let mut cpu = cpu(config.accelerator, qemu_major).to_owned();
+        push_options(&mut cpu, &config.cpu_options);
+        self.option("-cpu", cpu);
         self.option("-m", format!("{memory}M"));
         let vcpus = config.vcpus;
         self.option(
@@ -114,7 +113,7 @@ impl CommandLine {
         self.option("-append", kernel_params::command_line(config));
     }
 
-    fn sockets(&mut self, config: &VmConfig, sockets: Sockets) -> Result<(), HypervisorError> {
+    fn sockets(&mut self, config: &mut VmConfig, sockets: Sockets) {
         let machine = config.machine;
         self.socket("qmp", sockets.qmp);
         self.option("-mon", "chardev=qmp,mode=control");
@@ -125,15 +124,21 @@ impl CommandLine {
             self.socket("agent", agent);
             self.option("-device", format!("virtserialport,chardev=agent,name={SERIAL_PORT}"));
         }
-        if let ChannelKind::Vsock { cid } = config.channel {
-            let device = File::options().read(true).write(true).open(VHOST_VSOCK);
-            let fd = self.fd(device.map_err(host("open /dev/vhost-vsock"))?.into());
+        if let ChannelKind::Vsock(vsock) = std::mem::take(&mut config.channel) {
+            let cid = vsock.cid();
+            let fd = self.fd(vsock.device);
             let properties = format!("vhostfd={fd},guest-cid={cid}");
             self.option("-device", virtio(machine, "vhost-vsock", &properties));
         }
-        self.option("-object", "rng-builtin,id=rng");
+        match &config.entropy {
+            Some(device) => {
+                let mut source = OsString::from("rng-random,id=rng,filename=");
+                source.push(device);
+                self.option("-object", source);
+            }
+            None => self.option("-object", "rng-builtin,id=rng"),
+        }
         self.option("-device", virtio(machine, "virtio-rng", "rng=rng"));
-        Ok(())
     }
 
     fn nic(&mut self, machine: Machine, index: usize, nic: Nic) {
@@ -147,17 +152,17 @@ impl CommandLine {
         self.option("-device", virtio(machine, "virtio-net", &properties));
     }
 
-    fn share(&mut self, machine: Machine, share: Share, path: &Path) {
+    fn share(&mut self, machine: Machine, share: Share) {
         match share {
-            Share::VhostUserFs { socket, tag } => {
+            Share::VhostUserFs { socket, tag, queue_size } => {
                 self.socket("share", socket);
-                let properties = format!("chardev=share,tag={tag},queue-size=1024");
+                let properties = format!("chardev=share,tag={tag},queue-size={queue_size}");
                 self.option("-device", virtio(machine, "vhost-user-fs", &properties));
             }
-            Share::NineP { tag, .. } => {
-                let mut option = OsString::from("local,id=share,security_model=passthrough,path=");
-                option.push(path);
-                self.option("-fsdev", option);
+            Share::NineP { tag } => {
+                // Files of several file systems are below it, whose numbers must stay apart.
+                let local = "local,id=share,security_model=passthrough,multidevs=remap";
+                self.option("-fsdev", format!("{local},path={SHARE}"));
                 let properties = format!("fsdev=share,mount_tag={tag}");
                 self.option("-device", virtio(machine, "virtio-9p", &properties));
             }
@@ -178,6 +183,14 @@ impl CommandLine {
         let at = FIRST_FD + self.fds.len() as RawFd;
         self.fds.push((fd, at));
         at
+    }
+}
+
+/// Adds the administrator's options, which come last and so win.
+fn push_options(text: &mut String, options: &str) {
+    for option in options.split(',').map(str::trim).filter(|option| !option.is_empty()) {
+        text.push(',');
+        text.push_str(option);
     }
 }
 
@@ -216,6 +229,8 @@ fn cpu(accelerator: Accelerator, qemu_major: u32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
     use crate::config::Mac;
     use crate::qemu::sample_config;
@@ -231,10 +246,9 @@ mod tests {
             kernel: "/kernel".into(),
             initrd: "/initrd".into(),
             firmware: Some("/firmware".into()),
-            share: "/share".into(),
         };
         let sockets = Sockets { qmp: null(), console: null(), agent: Some(null()) };
-        let line = CommandLine::new(&mut config, &paths, sockets, qemu_major).unwrap();
+        let line = CommandLine::new(&mut config, &paths, sockets, qemu_major);
         let args = line.args.into_iter().map(|arg| arg.into_string().unwrap()).collect();
         (args, line.fds.into_iter().map(|(_, at)| at).collect())
     }
@@ -247,7 +261,8 @@ mod tests {
     fn each_descriptor_is_inherited_once_and_named_once() {
         let mut config = sample_config();
         config.nics = (0..20).map(|n| Nic { tap: null(), mac: Mac([2, 0, 0, 0, 0, n]) }).collect();
-        config.share = Some(Share::VhostUserFs { socket: null(), tag: "tag".to_owned() });
+        config.share =
+            Some(Share::VhostUserFs { socket: null(), tag: "tag".to_owned(), queue_size: 1024 });
         let (args, fds) = line(config, 7);
         let mut named: Vec<RawFd> = args
             .iter()
@@ -264,7 +279,8 @@ mod tests {
         let (args, _) = line(sample_config(), 7);
         assert!(!args.iter().any(|arg| arg.contains("memory-backend")));
         let mut config = sample_config();
-        config.share = Some(Share::VhostUserFs { socket: null(), tag: "tag".to_owned() });
+        config.share =
+            Some(Share::VhostUserFs { socket: null(), tag: "tag".to_owned(), queue_size: 1024 });
         let (args, _) = line(config, 7);
         assert!(args.contains(&"memory-backend-memfd,id=memory,size=2048M,share=on".to_owned()));
         assert!(value(&args, "-machine").contains("memory-backend=memory"));
@@ -295,6 +311,20 @@ mod tests {
         config.nics = vec![Nic { tap: null(), mac: Mac([2; 6]) }];
         let (args, _) = line(config, 7);
         assert!(!args.iter().any(|arg| arg.contains("pci")), "{args:?}");
+    }
+
+    #[test]
+    fn the_administrators_options_come_last() {
+        let mut config = sample_config();
+        config.machine_options = "nvdimm=on, hpet=off".to_owned();
+        config.cpu_options = "pmu=off".to_owned();
+        config.filter = "on,spawn=deny".to_owned();
+        config.entropy = Some("/dev/hwrng".into());
+        let (args, _) = line(config, 7);
+        assert!(value(&args, "-machine").ends_with(",dump-guest-core=off,nvdimm=on,hpet=off"));
+        assert!(value(&args, "-cpu").ends_with(",pmu=off"));
+        assert_eq!(value(&args, "-sandbox"), "on,spawn=deny");
+        assert!(args.contains(&"rng-random,id=rng,filename=/dev/hwrng".to_owned()));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use kata_jail::{Bind, Capability, Jail};
 
 use crate::config::{Accelerator, Machine, Share, VmConfig};
 use crate::error::HypervisorError;
+use crate::image;
 use crate::qemu::args::Paths;
 
 /// Public data of the host that a dynamically linked QEMU needs; those that exist.
@@ -28,6 +29,8 @@ const FIRMWARE: &[&str] = &[
     "/usr/share/qboot/qboot.rom",
     "/usr/share/qemu/bios-microvm.bin",
 ];
+/// Where the jailed QEMU has what its 9p server shows.
+pub(crate) const SHARE: &str = "/share";
 /// Descriptors that QEMU may have open.
 const NOFILE: u64 = 4096;
 
@@ -50,14 +53,12 @@ fn prefix(qemu: &Path) -> Option<&Path> {
 pub(crate) fn paths(config: &VmConfig) -> Result<Paths, HypervisorError> {
     usable("qemu", &config.qemu, false)?;
     let firmware = config.firmware.clone().or_else(|| find_firmware(config.machine));
-    let files = [("kernel", &config.kernel), ("initial file system", &config.initrd)];
-    for (what, path) in files.into_iter().chain(firmware.iter().map(|path| ("firmware", path))) {
-        usable(what, path, config.jail)?;
+    usable("the guest kernel", &config.kernel, config.jail)?;
+    usable("the initial file system", &config.initrd, config.jail)?;
+    image::check_initrd(&config.initrd)?;
+    if let Some(firmware) = &firmware {
+        usable("the firmware", firmware, config.jail)?;
     }
-    let share = match &config.share {
-        Some(Share::NineP { path, .. }) => path.clone(),
-        _ => PathBuf::new(),
-    };
     let (kernel, initrd) = (config.kernel.clone(), config.initrd.clone());
     // A link leads to where its data is.
     let qemu = std::fs::canonicalize(&config.qemu).map_err(|source| HypervisorError::File {
@@ -65,7 +66,7 @@ pub(crate) fn paths(config: &VmConfig) -> Result<Paths, HypervisorError> {
         path: config.qemu.clone(),
         source,
     })?;
-    Ok(Paths { qemu, kernel, initrd, firmware, share })
+    Ok(Paths { qemu, kernel, initrd, firmware })
 }
 
 /// Whether the file is there, and for everyone to read where QEMU runs as a nobody.
@@ -104,9 +105,10 @@ pub(crate) fn build(config: &VmConfig, host: &Paths) -> (Jail, Paths) {
     let initrd = file(&host.initrd, "/initrd");
     let firmware = host.firmware.as_ref().map(|firmware| file(firmware, "/firmware"));
     let mut capabilities = Vec::new();
-    let share = PathBuf::from("/share");
-    if let Some(Share::NineP { path, .. }) = &config.share {
-        binds.push(Bind { source: path.clone(), target: share.clone(), readonly: false });
+    let mut directories = Vec::new();
+    if let Some(Share::NineP { .. }) = &config.share {
+        // What the guest sees is mounted in it once QEMU runs.
+        directories.push(PathBuf::from(SHARE));
         // It does for the guest what the guest's users may do to their files.
         capabilities = vec![
             Capability::Chown,
@@ -114,17 +116,20 @@ pub(crate) fn build(config: &VmConfig, host: &Paths) -> (Jail, Paths) {
             Capability::Fowner,
             Capability::Fsetid,
             Capability::Mknod,
+            Capability::Setfcap,
         ];
     }
-    let devices = match config.accelerator {
+    let mut devices = match config.accelerator {
         Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],
         Accelerator::Tcg => Vec::new(),
     };
+    devices.extend(config.entropy.clone());
     let jail = Jail {
         uid: config.uid,
         gid: config.uid,
         groups: Vec::new(),
         binds,
+        directories,
         devices,
         nofile: NOFILE,
         network: false,
@@ -134,5 +139,5 @@ pub(crate) fn build(config: &VmConfig, host: &Paths) -> (Jail, Paths) {
         // QEMU's own: it knows best what this build of it needs.
         seccomp: None,
     };
-    (jail, Paths { qemu: host.qemu.clone(), kernel, initrd, firmware, share })
+    (jail, Paths { qemu: host.qemu.clone(), kernel, initrd, firmware })
 }

@@ -20,6 +20,8 @@ use tokio::net::UnixStream;
 
 pub use cage::find_firmware;
 pub use qmp::QmpError;
+#[cfg(fuzzing)]
+pub(crate) use qmp::fuzz as fuzz_qmp;
 
 use crate::config::{Accelerator, ChannelKind, Machine, Nic, Share, VmConfig};
 use crate::console::Console;
@@ -51,6 +53,7 @@ pub struct Qemu {
     machine: Machine,
     accelerator: Accelerator,
     shared_memory: bool,
+    vsock_cid: Option<u32>,
     console: Console,
     watch: Watch,
     running: Option<Running>,
@@ -61,6 +64,8 @@ pub struct Qemu {
 struct Running {
     child: Arc<Child>,
     qmp: Qmp,
+    /// Whether it takes commands.
+    up: tokio::sync::watch::Receiver<bool>,
     agent: Option<UnixStream>,
     /// What is plugged, by the number of the root port.
     ports: Vec<Option<DeviceId>>,
@@ -81,6 +86,10 @@ impl Qemu {
             machine: config.machine,
             accelerator: config.accelerator,
             shared_memory: matches!(config.share, Some(Share::VhostUserFs { .. })),
+            vsock_cid: match &config.channel {
+                ChannelKind::Vsock(vsock) => Some(vsock.cid()),
+                ChannelKind::Serial => None,
+            },
             config: Some(config),
             console: Console::default(),
             watch: Watch::new(),
@@ -93,8 +102,27 @@ impl Qemu {
         self.running.as_ref().map_or(0, |running| running.child.pid())
     }
 
+    /// QEMU's process, in its jail: to mount something into its root, for 9p.
+    ///
+    /// # Errors
+    /// When it is not started, or ended before it came up.
+    pub async fn process(&mut self) -> Result<Arc<Child>, HypervisorError> {
+        // It answers only when it is itself, in its jail.
+        self.up().await?;
+        Ok(Arc::clone(&self.running()?.child))
+    }
+
     fn running(&mut self) -> Result<&mut Running, HypervisorError> {
         self.running.as_mut().ok_or(HypervisorError::State("not started"))
+    }
+
+    /// Waits until QEMU takes commands.
+    async fn up(&mut self) -> Result<(), HypervisorError> {
+        if self.running()?.up.wait_for(|up| *up).await.is_ok() {
+            return Ok(());
+        }
+        let refused = Err(QmpError::Closed(QmpCapabilities::NAME));
+        self.explain("begin to talk with qemu", refused).await
     }
 
     /// Asks QEMU; if it ended meanwhile, that is the error.
@@ -103,6 +131,7 @@ impl Qemu {
         step: &'static str,
         command: &C,
     ) -> Result<C::Answer, HypervisorError> {
+        self.up().await?;
         let answer = self.running()?.qmp.call(command, COMMAND).await;
         self.explain(step, answer).await
     }
@@ -125,6 +154,7 @@ impl Qemu {
     }
 
     async fn plug_nic(&mut self, nic: Nic) -> Result<DeviceId, HypervisorError> {
+        self.up().await?;
         let running = self.running()?;
         let port =
             running.ports.iter().position(Option::is_none).ok_or(HypervisorError::Config(
@@ -168,11 +198,11 @@ impl Qemu {
         let (console, console_theirs) = pair()?;
         let (agent, agent_theirs) = match config.channel {
             ChannelKind::Serial => pair().map(|(ours, theirs)| (Some(ours), Some(theirs)))?,
-            ChannelKind::Vsock { .. } => (None, None),
+            ChannelKind::Vsock(_) => (None, None),
         };
         let sockets = Sockets { qmp: qmp_theirs, console: console_theirs, agent: agent_theirs };
         let ports = if self.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
-        let line = CommandLine::new(&mut config, paths, sockets, major)?;
+        let line = CommandLine::new(&mut config, paths, sockets, major);
 
         let (stderr, stderr_theirs) = std::io::pipe().map_err(host("make a pipe"))?;
         let mut launch = Launch::program(&paths.qemu, line.args)
@@ -188,16 +218,21 @@ impl Qemu {
         tracing::debug!(id = config.id, pid = child.pid(), "qemu started");
 
         let (qmp, reader) = Qmp::new(qmp);
+        let (is_up, up) = tokio::sync::watch::channel(false);
         self.running = Some(Running {
             child: Arc::clone(&child),
             qmp: qmp.clone(),
+            up,
             agent,
             ports: vec![None; ports as usize],
             plugged: 0,
         });
         self.watch.start(child, &qmp, reader, console, stderr, self.console.clone())?;
-        // Whether QEMU took it shows with the first real command.
-        tokio::spawn(async move { qmp.call(&QmpCapabilities {}, COMMAND).await.map(drop) });
+        tokio::spawn(async move {
+            if qmp.call(&QmpCapabilities {}, COMMAND).await.is_ok() {
+                is_up.send_replace(true);
+            }
+        });
         Ok(())
     }
 }
@@ -206,7 +241,7 @@ impl Qemu {
 fn check(config: &VmConfig) -> Result<(), HypervisorError> {
     let plain = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "_+.-".contains(c));
     let tag = match &config.share {
-        Some(Share::VhostUserFs { tag, .. } | Share::NineP { tag, .. }) => tag.as_str(),
+        Some(Share::VhostUserFs { tag, .. } | Share::NineP { tag }) => tag.as_str(),
         None => "none",
     };
     let wrong = if !plain(&config.id) || config.id.is_empty() {
@@ -221,8 +256,8 @@ fn check(config: &VmConfig) -> Result<(), HypervisorError> {
         "more than 64 root ports do not fit a machine"
     } else if config.jail && (config.uid == 0 || config.uid == u32::MAX) {
         "a jailed monitor needs a user of its own, not root"
-    } else if matches!(config.channel, ChannelKind::Vsock { cid: 0..=2 | u32::MAX }) {
-        "a guest's vsock address is 3 or more"
+    } else if !config.jail && matches!(config.share, Some(Share::NineP { .. })) {
+        "9p is served from the jail's own root: without a jail there is none"
     } else {
         return Ok(());
     };
@@ -323,6 +358,10 @@ impl Hypervisor for Qemu {
         self.running.as_mut().and_then(|running| running.agent.take())
     }
 
+    fn vsock_cid(&self) -> Option<u32> {
+        self.vsock_cid
+    }
+
     fn console(&self) -> Console {
         self.console.clone()
     }
@@ -342,8 +381,13 @@ pub(crate) fn sample_config() -> VmConfig {
         kernel: "/k/vmlinux".into(),
         kernel_kind: crate::KernelKind::Tuned,
         initrd: "/k/initrd".into(),
+        quiet: true,
         kernel_params: Vec::new(),
         machine: Machine::Q35,
+        machine_options: String::new(),
+        cpu_options: String::new(),
+        entropy: None,
+        filter: String::new(),
         accelerator: Accelerator::Tcg,
         tsc_khz: 1_000_000,
         memory_mib: 2048,
@@ -372,9 +416,12 @@ mod tests {
             |config| config.memory_mib = 1,
             |config| config.hotplug_ports = 65,
             |config| config.uid = 0,
-            |config| config.channel = ChannelKind::Vsock { cid: 2 },
-            |config| config.share = Some(Share::NineP { path: "/".into(), tag: "a,b".into() }),
-            |config| config.share = Some(Share::NineP { path: "/".into(), tag: String::new() }),
+            |config| config.share = Some(Share::NineP { tag: "a,b".into() }),
+            |config| config.share = Some(Share::NineP { tag: String::new() }),
+            |config| {
+                config.share = Some(Share::NineP { tag: "a".into() });
+                config.jail = false;
+            },
         ];
         for (index, change) in changes.into_iter().enumerate() {
             let mut config = sample_config();

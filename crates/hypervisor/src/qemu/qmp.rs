@@ -187,6 +187,12 @@ fn parse(line: &[u8]) -> Option<Message> {
     }
 }
 
+/// A line from anybody, for the fuzz target.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(line: &[u8]) {
+    let _ = parse(line);
+}
+
 type Waiting = HashMap<u64, oneshot::Sender<Result<Value, String>>>;
 
 /// The host's end of the control socket. Clones share it.

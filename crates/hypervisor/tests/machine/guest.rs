@@ -92,8 +92,14 @@ fn nics() {
 fn nine_p() -> std::io::Result<()> {
     let options = Some("trans=virtio,version=9p2000.L");
     mount(Some("kataShared"), "/mnt", Some("9p"), MsFlags::empty(), options)?;
-    println!("read: {}", fs::read_to_string("/mnt/from-host")?);
-    let mut file = File::create("/mnt/from-guest")?;
+    // The host attaches it while the guest boots.
+    let file = (0..500).find_map(|_| {
+        let read = fs::read_to_string("/mnt/c1/volume/from-host");
+        read.map_err(|_| std::thread::sleep(std::time::Duration::from_millis(10))).ok()
+    });
+    println!("read: {}", file.unwrap_or_default());
+    println!("top: {:?}", File::create("/mnt/x").err().map(|error| error.kind()));
+    let mut file = File::create("/mnt/c1/volume/from-guest")?;
     file.write_all(b"hello host")?;
     std::os::unix::fs::fchown(&file, Some(1234), None)
 }

@@ -1,0 +1,22 @@
+//! A way in for the fuzz target (`fuzz/`), compiled for it only.
+
+use crate::ProcessRef;
+use crate::agent::{Agent, Hello};
+use kata_channel::Stream;
+use std::time::Duration;
+
+/// Makes calls to whatever is at the other end of the stream, as to an agent.
+pub async fn calls(stream: Stream) {
+    const PATIENCE: Duration = Duration::from_millis(20);
+    let agent = Agent::new(stream);
+    let Ok(container) = "c1".parse() else { return };
+    let process = ProcessRef { container, exec: None };
+    let calls = async {
+        let _ = agent.connect(Hello::default(), PATIENCE).await;
+        let _ = agent.wait(&process).await;
+        let _ = agent.delete(&process).await;
+        let _ = agent.stats(&process.container).await;
+        let _ = agent.next_oom().await;
+    };
+    let _ = tokio::time::timeout(PATIENCE, calls).await;
+}

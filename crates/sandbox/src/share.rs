@@ -1,0 +1,200 @@
+//! The share: by which process the guest gets at host directories, and how they get there.
+
+use crate::{SandboxDir, SandboxError};
+use kata_config::{FsCache, SandboxConfig, SharedFs};
+use kata_devices::{Cache, DevicesProcess, SharePath};
+use kata_hypervisor::{Qemu, Share as Device};
+use kata_jail::Child;
+use kata_protocol::{Id, SHARE_MOUNT, SHARE_TAG, agent as message};
+use kata_storage::{Attachment, FileSystem, Source};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::{Mutex, OnceCell};
+
+/// Where QEMU's own 9p server has the share, below the root of its jail.
+const IN_MONITOR: &str = "share";
+
+/// How the share of a machine is served.
+pub(crate) enum Share {
+    /// virtio-fs, by a devices process.
+    VirtioFs(Arc<DevicesProcess>),
+    /// 9p, by QEMU.
+    NineP {
+        /// QEMU, once it is in its jail.
+        monitor: OnceCell<Arc<Child>>,
+        /// By way of which file systems are mounted.
+        dir: PathBuf,
+        /// Bytes in one message.
+        msize: u32,
+    },
+}
+
+impl Share {
+    /// Starts what serves it; gives the machine's device, too.
+    pub(crate) fn start(
+        config: &SandboxConfig,
+        sandbox: &Id,
+        dir: &SandboxDir,
+    ) -> Result<(Self, Device), SandboxError> {
+        let tag = SHARE_TAG.to_owned();
+        match config.hypervisor.shared_fs {
+            SharedFs::VirtioFs => {
+                let options = options(config, sandbox, dir)?;
+                let (devices, socket) = DevicesProcess::spawn(dir.path(), options)?;
+                let queue_size = config.hypervisor.virtio_fs_queue_size;
+                let device = Device::VhostUserFs { socket, tag, queue_size };
+                Ok((Self::VirtioFs(Arc::new(devices)), device))
+            }
+            SharedFs::Virtio9p => {
+                let share = Self::NineP {
+                    monitor: OnceCell::new(),
+                    dir: dir.path().to_owned(),
+                    msize: config.hypervisor.msize_9p,
+                };
+                Ok((share, Device::NineP { tag }))
+            }
+            SharedFs::None => Err(SandboxError::Unsupported(
+                "shared_fs = \"none\" (root file systems are directories of the host: use \
+                 \"virtio-fs\" or \"virtio-9p\")",
+            )),
+        }
+    }
+
+    /// The process that serves nothing else than the share.
+    pub(crate) fn process(&self) -> Option<&Child> {
+        match self {
+            Self::VirtioFs(devices) => Some(devices.child()),
+            Self::NineP { .. } => None,
+        }
+    }
+
+    /// Ends what serves only the share, for a machine that did not start.
+    pub(crate) fn end(&self) {
+        if let Some(process) = self.process() {
+            let _ = process.kill(libc::SIGKILL);
+        }
+    }
+
+    /// What the agent mounts.
+    pub(crate) fn storage(&self) -> message::Storage {
+        let (driver, options) = match self {
+            Self::VirtioFs(_) => ("virtiofs", Vec::new()),
+            // Without a cache of pages a file cannot be mapped by its processes together.
+            Self::NineP { msize, .. } => {
+                ("9p", vec![format!("msize={msize}"), "cache=mmap".to_owned()])
+            }
+        };
+        message::Storage {
+            driver: driver.to_owned(),
+            source: SHARE_TAG.to_owned(),
+            fstype: driver.to_owned(),
+            options,
+            mount_point: SHARE_MOUNT.to_owned(),
+            ..Default::default()
+        }
+    }
+
+    /// Puts a host path into the share.
+    pub(crate) async fn attach(
+        &self,
+        hypervisor: &Mutex<Qemu>,
+        attachment: &Attachment,
+    ) -> Result<(), SandboxError> {
+        let Attachment { source, at, readonly, recursive } = attachment;
+        match (self, source) {
+            (Self::VirtioFs(devices), Source::Path(path)) => {
+                devices.attach(path, at, *readonly, *recursive)?;
+            }
+            (Self::VirtioFs(devices), Source::FileSystem(fs)) => {
+                devices.mount(&fs.kind, &fs.source, &fs.options, at)?;
+            }
+            (Self::NineP { monitor, dir, .. }, source) => {
+                let process = async { hypervisor.lock().await.process().await };
+                let monitor = monitor.get_or_try_init(|| process).await?;
+                let at = in_monitor(at)?;
+                match source {
+                    Source::Path(path) => {
+                        kata_devices::attach(monitor, path, &at, *readonly, *recursive)?;
+                    }
+                    Source::FileSystem(FileSystem { kind, source, options }) => {
+                        let fs = kata_devices::FileSystem { kind, source, options };
+                        kata_devices::mount(monitor, dir, &fs, &at)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes it out again.
+    pub(crate) fn detach(&self, at: &Path) -> Result<(), SandboxError> {
+        match self {
+            Self::VirtioFs(devices) => devices.detach(at)?,
+            Self::NineP { monitor, .. } => {
+                if let Some(monitor) = monitor.get() {
+                    kata_devices::detach(monitor, &in_monitor(at)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The place has to be one in the share before it is one in the jail.
+fn in_monitor(at: &Path) -> Result<SharePath, kata_devices::Error> {
+    let at = SharePath::new(at)?;
+    SharePath::new(&PathBuf::from(IN_MONITOR).join(at.as_path()))
+}
+
+fn options(
+    config: &SandboxConfig,
+    sandbox: &Id,
+    dir: &SandboxDir,
+) -> Result<kata_devices::Options, SandboxError> {
+    let log: OwnedFd = std::fs::File::options()
+        .append(true)
+        .create(true)
+        .open(dir.log())
+        .map_err(SandboxError::io("open the sandbox's log"))?
+        .into();
+    Ok(kata_devices::Options {
+        title: format!("kata-devices {sandbox}").into(),
+        cache: cache(config.hypervisor.virtio_fs_cache),
+        stderr: Some(log),
+        ..Default::default()
+    })
+}
+
+fn cache(cache: FsCache) -> Cache {
+    match cache {
+        FsCache::Never => Cache::Never,
+        // The library has no mode between these two; names and attributes are kept alike.
+        FsCache::Metadata | FsCache::Auto => Cache::Auto,
+        FsCache::Always => Cache::Always,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nine_p() -> Share {
+        Share::NineP { monitor: OnceCell::new(), dir: PathBuf::new(), msize: 8192 }
+    }
+
+    #[test]
+    fn a_9p_share_has_the_configured_message_size() {
+        let storage = nine_p().storage();
+        assert_eq!((storage.driver.as_str(), storage.source.as_str()), ("9p", "kataShared"));
+        assert!(storage.options.contains(&"msize=8192".to_owned()));
+    }
+
+    #[test]
+    fn nothing_is_attached_outside_the_share() {
+        assert_eq!(in_monitor(Path::new("c1/m0")).unwrap().as_path(), Path::new("share/c1/m0"));
+        for path in ["", "/etc", "..", "../lib"] {
+            assert!(in_monitor(Path::new(path)).is_err(), "{path:?} was accepted");
+        }
+    }
+}
