@@ -6,8 +6,9 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use kata_cgroups::Hierarchy;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -138,6 +139,11 @@ pub fn boot() -> Result<Settings, BootError> {
     network::loopback_up().map_err(BootError::Loopback)?;
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     Ok(Settings::parse(&command_line))
+}
+
+/// The cgroups that [`boot`] has mounted.
+pub fn hierarchy() -> Hierarchy {
+    Hierarchy::V2 { root: PathBuf::from("/sys/fs/cgroup") }
 }
 
 /// The initial root cannot be left by `pivot_root`, which each container needs to do: so

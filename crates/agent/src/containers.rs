@@ -157,10 +157,16 @@ impl Container {
 }
 
 impl Containers {
-    /// An empty table. Out-of-memory kills go to `ooms`.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, ooms: mpsc::Sender<Id>) -> Self {
-        let (table, hierarchy) = (Mutex::default(), OnceLock::new());
-        Self { table, hierarchy, reaper, streams, ooms }
+    /// An empty table. Out-of-memory kills go to `ooms`. Without a hierarchy, whatever is
+    /// mounted is used.
+    pub fn new(
+        reaper: Arc<Reaper>,
+        streams: Arc<Streams>,
+        ooms: mpsc::Sender<Id>,
+        hierarchy: Option<Hierarchy>,
+    ) -> Self {
+        let hierarchy = hierarchy.map_or_else(OnceLock::new, |known| OnceLock::from(Some(known)));
+        Self { table: Mutex::default(), hierarchy, reaper, streams, ooms }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Id, Slot>> {

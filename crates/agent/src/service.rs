@@ -21,7 +21,7 @@ use crate::networking::Networking;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::streams::Streams;
-use crate::{machine, stats, storage};
+use crate::{boot, machine, stats, storage};
 
 /// What this agent can do beyond the first version of the protocol.
 const FEATURES: [&str; 3] = ["dns-relay", "oom-events", "reconnect"];
@@ -59,8 +59,12 @@ impl Agent {
     pub fn new(role: Role, init_ns: i64) -> std::io::Result<Arc<Self>> {
         let streams = Arc::new(Streams::default());
         let (sender, ooms) = mpsc::channel(EVENTS);
+        let hierarchy = match role {
+            Role::Guest => Some(boot::hierarchy()),
+            Role::Test => None,
+        };
         Ok(Arc::new(Self {
-            containers: Containers::new(Reaper::start()?, Arc::clone(&streams), sender),
+            containers: Containers::new(Reaper::start()?, Arc::clone(&streams), sender, hierarchy),
             streams,
             networking: Networking::default(),
             ooms: tokio::sync::Mutex::new(ooms),

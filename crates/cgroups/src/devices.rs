@@ -50,8 +50,8 @@ impl Rule {
 }
 
 /// What every container may do, whatever its list says: make nodes, and use null, zero,
-/// full, random, urandom, tty, ptmx and its terminals.
-const ALWAYS: [Rule; 10] = [
+/// full, random, urandom, tty, ptmx and its terminals, and tun, as runc and crun have it.
+const ALWAYS: [Rule; 11] = [
     Rule::allow(Kind::Char, None, None, MKNOD),
     Rule::allow(Kind::Block, None, None, MKNOD),
     Rule::allow(Kind::Char, Some(1), Some(3), ALL),
@@ -62,6 +62,7 @@ const ALWAYS: [Rule; 10] = [
     Rule::allow(Kind::Char, Some(1), Some(9), ALL),
     Rule::allow(Kind::Char, Some(136), None, ALL),
     Rule::allow(Kind::Char, Some(5), Some(2), ALL),
+    Rule::allow(Kind::Char, Some(10), Some(200), ALL),
 ];
 
 /// Checks the specification's rules and adds those that always hold.

@@ -264,6 +264,16 @@ proptest! {
     }
 
     #[test]
+    fn a_program_arrives_at_init_as_it_was(rules in rules()) {
+        let program = bpf::Program(compile(&profile("SCMP_ACT_ERRNO", &ALL, rules)).unwrap());
+        let text = serde_json::to_string(&program).unwrap();
+        prop_assert_eq!(serde_json::from_str::<bpf::Program>(&text).unwrap(), program);
+        // Cut anywhere but between two instructions it is none.
+        let cut = format!("{}\"", &text[..text.len() - 2]);
+        prop_assert!(serde_json::from_str::<bpf::Program>(&cut).is_err());
+    }
+
+    #[test]
     fn any_call_comes_to_an_end(rules in rules(), architecture: u32, number: u32, arguments: [u64; 6]) {
         let profile = profile("SCMP_ACT_ERRNO", &ALL, rules);
         let program = compile(&profile).unwrap();

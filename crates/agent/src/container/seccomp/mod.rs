@@ -61,7 +61,7 @@ pub enum SeccompError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Filter {
     flags: u32,
-    program: Vec<bpf::Instruction>,
+    program: bpf::Program,
 }
 
 /// How an argument is compared.
@@ -99,13 +99,13 @@ impl Filter {
                 }
             };
         }
-        Ok(Self { flags, program: compile::compile(profile)? })
+        Ok(Self { flags, program: bpf::Program(compile::compile(profile)?) })
     }
 
     /// Puts the filter on this process, for good.
     pub fn install(&self) -> Step {
         const SET_MODE_FILTER: libc::c_uint = 1;
-        let mut program: Vec<libc::sock_filter> = self.program.iter().map(|i| i.raw()).collect();
+        let mut program: Vec<libc::sock_filter> = self.program.0.iter().map(|i| i.raw()).collect();
         let description = libc::sock_fprog {
             len: u16::try_from(program.len()).unwrap_or(u16::MAX),
             filter: program.as_mut_ptr(),
