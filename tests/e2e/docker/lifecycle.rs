@@ -70,10 +70,18 @@ fn kill_sends_the_signal_asked_for(docker: &Docker) -> Result<()> {
 fn restart_gives_a_fresh_container(docker: &Docker) -> Result<()> {
     let container =
         docker.detached("", "sh -c 'echo run >> /count; wc -l < /count; exec sleep 100000'")?;
+    let says = |expected: &str| {
+        let mut logs = String::new();
+        command::eventually("the file system is kept", PATIENCE, || {
+            logs = docker.ok(&format!("logs {}", container.name))?;
+            Ok(logs == expected)
+        })
+        .with_context(|| format!("it said {logs:?}"))
+    };
+    // Not to be killed before it has said so.
+    says("1")?;
     docker.ok(&format!("restart -t 0 {}", container.name))?;
-    command::eventually("the file system is kept", PATIENCE, || {
-        Ok(docker.ok(&format!("logs {}", container.name))? == "1\n2")
-    })?;
+    says("1\n2")?;
     docker.ok(&format!("stop -t 0 {}", container.name))?;
     docker.ok(&format!("start {}", container.name))?;
     ensure!(container.exec("cat /proc/1/comm")? == "sleep");
