@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use crate::container::{self, Created, NewContainer, Profile};
 use crate::error::AgentError;
 use crate::events;
+use crate::pod::{self, Pod};
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{self, Stdio};
@@ -34,6 +35,7 @@ pub struct Containers {
     reaper: Arc<Reaper>,
     streams: Arc<Streams>,
     ooms: mpsc::Sender<Id>,
+    pod: Pod,
 }
 
 #[derive(Clone, Debug)]
@@ -166,11 +168,17 @@ impl Containers {
         hierarchy: Option<Hierarchy>,
     ) -> Self {
         let hierarchy = hierarchy.map_or_else(OnceLock::new, |known| OnceLock::from(Some(known)));
-        Self { table: Mutex::default(), hierarchy, reaper, streams, ooms }
+        let pod = Pod::default();
+        Self { table: Mutex::default(), hierarchy, reaper, streams, ooms, pod }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Id, Slot>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What all containers share.
+    pub fn pod(&self) -> &Pod {
+        &self.pod
     }
 
     /// The reaper of all processes.
@@ -224,12 +232,15 @@ impl Containers {
         id: &Id,
         request: CreateContainerRequest,
     ) -> Result<Container, AgentError> {
+        self.pod.mount(&request.shared_storages).await?;
         let mut storages = Vec::with_capacity(request.storages.len());
         for storage in &request.storages {
             storages.push(storage::mount(storage).await?);
         }
         tracing::debug!(container = %id, "storages are mounted");
         let spec = Spec::parse(&request.spec)?;
+        self.pod.prepare(&spec).await?;
+        let shares_pids = pod::shares_pids(&spec);
         let cgroup = self.cgroup(id, &spec)?;
         tracing::debug!(container = %id, "cgroup is made");
         let wanted = request.stdio.unwrap_or_default();
@@ -245,6 +256,9 @@ impl Containers {
         let stdio = Stdio::start(&self.streams, id, None, ends, built.terminal_master)
             .map_err(|error| AgentError::System("watch the process's output", error))?;
         let init = Process::watch(None, built.pid, stdio, &self.reaper, cgroup.as_deref());
+        if let Some(cgroup) = cgroup.as_deref().filter(|_| shares_pids) {
+            end_with(Arc::clone(&init), cgroup.clone());
+        }
         let oom_watch = cgroup
             .as_deref()
             .and_then(|cgroup| events::watch_oom(id.clone(), cgroup.clone(), self.ooms.clone()));
@@ -388,6 +402,17 @@ impl Containers {
         self.table().remove(id);
         Ok(())
     }
+}
+
+/// Ends what a container's first process leaves in a PID namespace that is not its own.
+fn end_with(init: Arc<Process>, cgroup: Cgroup) {
+    tokio::spawn(async move {
+        if init.wait().await.is_ok()
+            && let Err(error) = cgroup.kill(libc::SIGKILL)
+        {
+            tracing::debug!(%error, "cannot end what a container left");
+        }
+    });
 }
 
 fn pipes(wanted: &WantedStdio) -> Result<(container::ProcessIo, stdio::Ends), AgentError> {

@@ -17,6 +17,7 @@ pub mod log;
 pub mod machine;
 pub mod network;
 pub mod networking;
+pub mod pod;
 pub mod process;
 pub mod reaper;
 pub mod server;

@@ -10,14 +10,18 @@ use std::process::ExitCode;
 use kata_agent::boot::{self, Settings};
 use kata_agent::server::{Carrier, serve};
 use kata_agent::service::{Agent, Role};
-use kata_agent::{container, log, machine};
+use kata_agent::{container, log, machine, pod};
 use kata_protocol::chain;
 
 fn main() -> ExitCode {
     let started = machine::boottime_ns();
     let mut arguments = std::env::args_os();
-    if arguments.next().is_some_and(|name| name == container::INIT) {
+    let name = arguments.next().unwrap_or_default();
+    if name == container::INIT {
         container::init_main();
+    }
+    if name == pod::PAUSE {
+        pod::pause_main();
     }
     machine::keep_memory();
     if std::process::id() == 1 {

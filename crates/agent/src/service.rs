@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use kata_protocol::agent::{
@@ -21,7 +21,7 @@ use crate::networking::Networking;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::streams::Streams;
-use crate::{boot, machine, stats, storage};
+use crate::{boot, machine, stats};
 
 /// What this agent can do beyond the first version of the protocol.
 const FEATURES: [&str; 3] = ["dns-relay", "oom-events", "reconnect"];
@@ -36,7 +36,6 @@ pub struct Agent {
     /// Interfaces and the DNS relay.
     pub networking: Networking,
     ooms: tokio::sync::Mutex<mpsc::Receiver<Id>>,
-    mounted: Mutex<Vec<String>>,
     role: Role,
     init_ns: i64,
     ready_ns: i64,
@@ -68,7 +67,6 @@ impl Agent {
             streams,
             networking: Networking::default(),
             ooms: tokio::sync::Mutex::new(ooms),
-            mounted: Mutex::default(),
             role,
             init_ns,
             ready_ns: machine::boottime_ns(),
@@ -88,14 +86,8 @@ impl Agent {
         if self.role == Role::Guest {
             machine::adopt(&request)?;
         }
-        for storage in &request.storages {
-            // After a reconnect it is there already.
-            let known = |mounted: &Vec<String>| mounted.contains(&storage.mount_point);
-            if !known(&self.mounted()) {
-                storage::mount(storage).await?.keep();
-                self.mounted().push(storage.mount_point.clone());
-            }
-        }
+        // After a reconnect they are there already.
+        self.containers.pod().mount(&request.storages).await?;
         tracing::debug!(sandbox = request.sandbox_id, "connected");
         Ok(ConnectResponse {
             protocol_version: VERSION,
@@ -106,10 +98,6 @@ impl Agent {
             ready_ns: self.ready_ns,
             ..ConnectResponse::default()
         })
-    }
-
-    fn mounted(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
-        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn create(&self, mut request: CreateContainerRequest) -> Result<i32, AgentError> {

@@ -33,6 +33,13 @@ pub const SHARE_TAG: &str = "kataShared";
 /// Where the guest mounts the share; `<container>/rootfs` and `<container>/<n>` are below.
 pub const SHARE_MOUNT: &str = "/run/kata-containers/shared";
 
+/// Where the guest mounts memory that the containers of a pod share; `<name>` is below.
+pub const POD_MOUNTS: &str = "/run/kata-containers/pod/memory";
+
+/// A path for a PID namespace in a container's specification that stands for the pod's.
+/// The agent makes it when the first container asks for it.
+pub const SHARED_PID_NAMESPACE: &str = "/run/kata-containers/pod/pid-namespace";
+
 /// Bounds that both sides enforce on what the other sends.
 pub mod limits {
     /// Longest message of one call, bytes (ttRPC's own limit is 4 MiB).

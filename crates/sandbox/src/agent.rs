@@ -1,9 +1,9 @@
 //! The guest's agent, as the host sees it: typed calls whose answers are checked.
 
 use crate::SandboxError;
+use crate::container::Bundle;
 use kata_channel::Stream;
 use kata_protocol::{Id, VERSION, agent as message, agent_ttrpc::AgentClient};
-use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ttrpc::asynchronous::{Client, transport::Socket};
 use ttrpc::context::{self, Context};
@@ -66,6 +66,16 @@ pub(crate) struct Hello {
     pub online_cpus: u32,
 }
 
+/// A container for the guest to build.
+pub(crate) struct NewContainer<'a> {
+    pub bundle: &'a Bundle,
+    /// What it is told of the specification.
+    pub spec: Vec<u8>,
+    pub stdio: message::Stdio,
+    /// When the guest is to be told anew.
+    pub network: Option<message::Network>,
+}
+
 /// A connection to the agent.
 #[derive(Clone)]
 pub(crate) struct Agent {
@@ -112,19 +122,17 @@ impl Agent {
 
     pub(crate) async fn create(
         &self,
-        container: &Id,
-        bundle: &Path,
-        spec: Vec<u8>,
-        stdio: message::Stdio,
-        network: Option<message::Network>,
+        new: NewContainer<'_>,
         patience: Duration,
     ) -> Result<(), SandboxError> {
+        let NewContainer { bundle, spec, stdio, network } = new;
         let request = message::CreateContainerRequest {
-            container_id: container.to_string(),
-            bundle: bundle.display().to_string(),
+            container_id: bundle.id.to_string(),
+            bundle: bundle.path.display().to_string(),
             spec,
             stdio: Some(stdio).into(),
             network: network.into(),
+            shared_storages: bundle.plan.shared_storages.clone(),
             ..Default::default()
         };
         self.client.create_container(context_of(patience), &request).await.map_err(failed)?;

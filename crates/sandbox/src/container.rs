@@ -6,7 +6,7 @@ use crate::sandbox::CreateRequest;
 use crate::{PodRole, SandboxError};
 use kata_oci::{Hooks, Spec, State, Status};
 use kata_protocol::Id;
-use kata_storage::Plan;
+use kata_storage::{Plan, Pod};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +24,8 @@ pub(crate) struct Bundle {
 
 impl Bundle {
     /// Reads `config.json` of the bundle that is asked for.
-    pub(crate) fn load(request: &CreateRequest) -> Result<Self, SandboxError> {
+    /// `pod` is what it joins.
+    pub(crate) fn load(request: &CreateRequest, pod: Option<&Pod>) -> Result<Self, SandboxError> {
         let CreateRequest { id, bundle: path, .. } = request;
         let config = path.join("config.json");
         let raw = std::fs::read(&config)
@@ -33,7 +34,7 @@ impl Bundle {
         let path = path
             .canonicalize()
             .map_err(|source| SandboxError::Bundle { path: path.to_owned(), source })?;
-        let plan = kata_storage::plan(id, &path, &raw, &spec, &request.rootfs)?;
+        let plan = kata_storage::plan(id, &path, &raw, &spec, &request.rootfs, pod)?;
         // Where a stand-in is the engine's process, the engine may join what is inside it.
         let pod = PodRole::of(&spec.annotations)? == PodRole::Sandbox;
         let in_guest = !pod || request.stand_in.is_some();

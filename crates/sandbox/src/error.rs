@@ -70,6 +70,8 @@ pub enum SandboxError {
     Finished(String),
     #[error("cannot {what} {id}: it is {state}")]
     WrongState { what: &'static str, id: String, state: &'static str },
+    #[error("cannot use {0} as a stream: known are a FIFO's path, file://, and binary://")]
+    Stream(String),
     #[error("{0} is not supported")]
     Unsupported(&'static str),
     #[error("cannot {what}")]
@@ -90,9 +92,11 @@ impl SandboxError {
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Spec(_) | Self::Id(_) | Self::Annotation { .. } | Self::Storage(_) => {
-                Code::INVALID_ARGUMENT
-            }
+            Self::Spec(_)
+            | Self::Id(_)
+            | Self::Annotation { .. }
+            | Self::Stream(_)
+            | Self::Storage(_) => Code::INVALID_ARGUMENT,
             Self::Agent { code, .. } => *code,
             Self::Lost(_) | Self::Late | Self::Silent { .. } => Code::UNAVAILABLE,
             _ => Code::UNKNOWN,

@@ -30,6 +30,9 @@ pub struct EngineStreams {
     pub stdout: Option<OwnedFd>,
     /// Where its errors go; none with a terminal, or nowhere.
     pub stderr: Option<OwnedFd>,
+    /// Reading ends of the output, kept open as long as there is output: without another
+    /// reader it waits for one, instead of being lost.
+    pub held: Vec<OwnedFd>,
 }
 
 /// The running relays of one process.
@@ -67,6 +70,7 @@ impl Relay {
             let relay = tokio::spawn(relay_input(source, stream, Arc::clone(&close_stdin)));
             input = Some(relay.abort_handle());
         }
+        let held = Arc::new(streams.held);
         let mut relays = [None, None];
         let outputs = [(streams.stdout, StreamKind::Stdout), (streams.stderr, StreamKind::Stderr)];
         for (slot, (fd, kind)) in relays.iter_mut().zip(outputs) {
@@ -74,7 +78,11 @@ impl Relay {
             let stream = open(kind).await?;
             let sink = End::writer(fd).map_err(SandboxError::io("write the engine's output"))?;
             let (progress, delivered) = watch::channel(Delivered::default());
-            tokio::spawn(relay_output(stream, sink, progress));
+            let held = Arc::clone(&held);
+            tokio::spawn(async move {
+                relay_output(stream, sink, progress).await;
+                drop(held);
+            });
             *slot = Some(delivered);
         }
         let [stdout, stderr] = relays;

@@ -4,7 +4,7 @@
 //! Any death ends the sandbox at once, with its cause: the first of them goes into `lost`,
 //! and every call that waits for the guest gives that cause instead of its own.
 
-use crate::agent::{Agent, Guest, Hello};
+use crate::agent::{Agent, Guest, Hello, NewContainer};
 use crate::container::Bundle;
 use crate::network::Network;
 use crate::process::lock;
@@ -309,11 +309,10 @@ impl Machine {
         stdio: message::Stdio,
         network: Option<message::Network>,
     ) -> Result<(), SandboxError> {
-        let Bundle { id, path, plan, .. } = bundle;
-        let spec =
-            if self.without_seccomp { without_seccomp(&plan.spec)? } else { plan.spec.clone() };
-        let patience = self.create_patience;
-        self.call(self.agent.create(id, path, spec, stdio, network, patience)).await
+        let spec = &bundle.plan.spec;
+        let spec = if self.without_seccomp { without_seccomp(spec)? } else { spec.clone() };
+        let new = NewContainer { bundle, spec, stdio, network };
+        self.call(self.agent.create(new, self.create_patience)).await
     }
 
     /// Joins what is new in the engine's namespace; gives the guest's network when the

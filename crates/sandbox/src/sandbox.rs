@@ -11,11 +11,11 @@ use crate::life::status_word;
 use crate::machine::{Boot, Machine};
 use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
 use crate::state::{StateFile, remove_cgroup};
-use crate::{SandboxDir, SandboxError, hooks};
+use crate::{PodRole, SandboxDir, SandboxError, hooks};
 use kata_network::Netns;
 use kata_oci::Status;
 use kata_protocol::{Id, chain, limits};
-use kata_storage::FileSystem;
+use kata_storage::{FileSystem, Pod};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -175,12 +175,20 @@ impl Sandbox {
     /// # Errors
     /// See [`SandboxError`]; nothing of the container is left then.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<i32, SandboxError> {
-        let bundle = Bundle::load(&request)?;
+        let pod = self.pod();
+        let bundle = Bundle::load(&request, pod.as_ref())?;
         self.check_room(&request.id)?;
         let mut slot = self.machine.lock().await;
         let booted = slot.is_none();
         let machine = match slot.as_ref() {
             Some(machine) => Arc::clone(machine),
+            None if pod_of(&bundle)?.is_some() => {
+                return Err(SandboxError::WrongState {
+                    what: "create a container in",
+                    id: self.id.to_string(),
+                    state: "stopped",
+                });
+            }
             None => {
                 let machine = self.boot(&bundle, &request).await?;
                 Arc::clone(slot.insert(machine))
@@ -201,6 +209,19 @@ impl Sandbox {
                 Err(error)
             }
         }
+    }
+
+    /// The pod that a further container joins; none for the sandbox's first.
+    fn pod(&self) -> Option<Pod> {
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        let stands = |container: &&Arc<Container>| {
+            PodRole::of(&container.spec.annotations).is_ok_and(|role| role == PodRole::Sandbox)
+        };
+        let sandbox = containers.iter().find(stands);
+        (!containers.is_empty()).then(|| Pod {
+            pids: containers.iter().map(|container| container.init.pid).collect(),
+            sysctls: sandbox.map(|c| c.spec.linux().sysctl.clone()).unwrap_or_default(),
+        })
     }
 
     fn check_room(&self, id: &Id) -> Result<(), SandboxError> {
@@ -421,4 +442,12 @@ impl Sandbox {
         let machine = self.machine.lock().await.clone();
         machine.ok_or_else(|| SandboxError::Lost("its virtual machine has ended".to_owned()))
     }
+}
+
+/// The pod's sandbox, for a container that says to be in one.
+fn pod_of(bundle: &Bundle) -> Result<Option<Id>, SandboxError> {
+    Ok(match PodRole::of(&bundle.spec.annotations)? {
+        PodRole::Container { sandbox } if sandbox != bundle.id => Some(sandbox),
+        _ => None,
+    })
 }

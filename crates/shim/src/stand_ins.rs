@@ -127,6 +127,7 @@ impl StandIns {
             stdin: fds.next(),
             stdout: fds.next(),
             stderr: fds.next().filter(|_| !hello.terminal),
+            held: Vec::new(),
         };
         let stdio = Stdio {
             streams,

@@ -7,6 +7,7 @@ use crate::containerd::events::Publisher;
 use crate::options::CreateOptions;
 use crate::stand_ins::StandIns;
 use crate::stats;
+use crate::stdio::Owner;
 use async_trait::async_trait;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -56,6 +57,11 @@ impl TaskService {
         &self.server.sandbox
     }
 
+    fn owner<'a>(&'a self, container: &'a Id) -> Owner<'a> {
+        let namespace = self.server.engine.as_ref().map_or("", |engine| engine.namespace.as_str());
+        Owner { container, namespace }
+    }
+
     fn with_stand_ins(&self) -> std::sync::MutexGuard<'_, BTreeSet<Id>> {
         self.with_stand_ins.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -79,11 +85,18 @@ impl TaskService {
             systemd_cgroup: options.systemd_cgroup,
         };
         if !options.stand_in {
-            create.stdio = crate::stdio::open(
-                request.terminal,
-                StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr },
-            )
-            .map_err(|error| refused(&error))?;
+            create.stdio = answer(
+                crate::stdio::open(
+                    request.terminal,
+                    StdioPaths {
+                        stdin: request.stdin,
+                        stdout: request.stdout,
+                        stderr: request.stderr,
+                    },
+                    self.owner(&id),
+                )
+                .await,
+            )?;
             return answer(self.sandbox().create(create).await.map(pid));
         }
         let process = ProcessRef { container: id.clone(), exec: None };
@@ -103,11 +116,10 @@ impl TaskService {
         let process = process(&request.id, &request.exec_id)?;
         let spec = request.spec.get_or_default().value.clone();
         if !self.with_stand_ins().contains(&process.container) {
-            let stdio = crate::stdio::open(
-                request.terminal,
-                StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr },
-            )
-            .map_err(|error| refused(&error))?;
+            let paths =
+                StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
+            let owner = self.owner(&process.container);
+            let stdio = answer(crate::stdio::open(request.terminal, paths, owner).await)?;
             return answer(self.sandbox().exec(&process, spec, stdio, None).map(|()| empty()));
         }
         let stand_in = self.server.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;

@@ -5,13 +5,16 @@
 //! the list of host paths to attach to the share. It touches nothing: the sandbox acts
 //! on the [`Plan`]. What the engine named is trusted as far as `runc` would trust it.
 
+mod pod;
 mod volume;
 
 use kata_oci::{NamespaceKind, Spec};
+use kata_protocol::agent::Storage;
 use kata_protocol::{Id, SHARE_MOUNT};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
+pub use pod::Pod;
 pub use volume::Volume;
 
 /// A file system that the host is to mount, in the words of `mount(8)`; what an engine
@@ -61,6 +64,8 @@ pub struct Plan {
     pub spec: Vec<u8>,
     /// What the share must hold before the guest is asked to create the container.
     pub attachments: Vec<Attachment>,
+    /// What the guest mounts for all containers of the pod, unless it is there already.
+    pub shared_storages: Vec<Storage>,
     /// The host's file that the container has as `/etc/resolv.conf`.
     pub resolv_conf: Option<PathBuf>,
 }
@@ -93,7 +98,7 @@ pub enum StorageError {
 }
 
 /// Plans the file systems of `container`, whose `config.json` is `raw`. Its root is mounted
-/// from `rootfs`; when that names nothing, it is in the bundle.
+/// from `rootfs`; when that names nothing, it is in the bundle. `pod` is what it joins.
 ///
 /// # Errors
 /// [`StorageError`] when a path does not exist or cannot be shared with a VM.
@@ -103,11 +108,13 @@ pub fn plan(
     raw: &[u8],
     spec: &Spec,
     rootfs: &[FileSystem],
+    pod: Option<&Pod>,
 ) -> Result<Plan, StorageError> {
-    refuse_what_no_vm_can_have(spec)?;
+    refuse_what_no_vm_can_have(spec, pod)?;
     let mut guest: Value = serde_json::from_slice(raw)?;
     let mut attachments = Vec::new();
     let mut resolv_conf = None;
+    let mut shared_storages = Vec::new();
 
     let root = root_of(bundle, spec, rootfs)?;
     let at = Path::new(container.as_str()).join("rootfs");
@@ -121,11 +128,17 @@ pub fn plan(
         let entry = &mut guest["mounts"][index];
         match Volume::of(mount, bundle)? {
             Volume::InGuest => {}
-            Volume::SharedMemory { size } => {
+            Volume::Memory { size, .. } if pod.is_none() => {
                 *entry = json!({
                     "destination": mount.destination, "type": "tmpfs", "source": "shm",
                     "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={size}")],
                 });
+            }
+            Volume::Memory { source, size } => {
+                let storage = pod::memory(&source, size)?;
+                entry["source"] = json!(storage.mount_point);
+                entry["type"] = json!("bind");
+                shared_storages.push(storage);
             }
             Volume::Shared { source, readonly, recursive } => {
                 let at = Path::new(container.as_str()).join(format!("m{index}"));
@@ -136,7 +149,10 @@ pub fn plan(
         }
     }
     leave_out_what_is_the_hosts(container, &mut guest);
-    Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, resolv_conf })
+    if let Some(pod) = pod {
+        pod.join(spec, &mut guest);
+    }
+    Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, shared_storages, resolv_conf })
 }
 
 /// The container's root; where it goes is not said yet.
@@ -172,7 +188,7 @@ fn root_of(bundle: &Path, spec: &Spec, rootfs: &[FileSystem]) -> Result<Attachme
     }
 }
 
-fn refuse_what_no_vm_can_have(spec: &Spec) -> Result<(), StorageError> {
+fn refuse_what_no_vm_can_have(spec: &Spec, pod: Option<&Pod>) -> Result<(), StorageError> {
     let unsupported =
         |what: String, remedy: &'static str| Err(StorageError::Unsupported { what, remedy });
     let linux = spec.linux();
@@ -180,7 +196,8 @@ fn refuse_what_no_vm_can_have(spec: &Spec) -> Result<(), StorageError> {
         let Some(path) = namespace.path.as_ref().filter(|p| !p.as_os_str().is_empty()) else {
             continue;
         };
-        if !matches!(namespace.kind, NamespaceKind::Network) {
+        let of_pod = pod.is_some_and(|pod| pod.has(path));
+        if !of_pod && !matches!(namespace.kind, NamespaceKind::Network) {
             return unsupported(
                 format!("the {:?} namespace {} of the host", namespace.kind, path.display()),
                 "containers that share it must be in one pod, that is in one virtual machine",
@@ -258,7 +275,7 @@ mod tests {
             r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"x":{{"kept":1}},{extra}}}"#
         );
         let spec = Spec::parse(text.as_bytes()).unwrap();
-        plan(&"c1".parse().unwrap(), bundle.path(), text.as_bytes(), &spec, &[])
+        plan(&"c1".parse().unwrap(), bundle.path(), text.as_bytes(), &spec, &[], None)
     }
 
     fn root(rootfs: &[FileSystem]) -> Result<Attachment, StorageError> {

@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 pub enum Volume {
     /// The guest's kernel has it: proc, sysfs, tmpfs, or a bind of such a path.
     InGuest,
-    /// POSIX shared memory: memory of the guest of the same size.
-    SharedMemory {
+    /// Memory: of the guest, of the same size.
+    Memory {
+        /// The tmpfs of the host that it replaces.
+        source: PathBuf,
         /// Bytes.
         size: u64,
     },
@@ -63,11 +65,14 @@ impl Volume {
         };
         let source = named.canonicalize().map_err(missing)?;
         let kind = std::fs::metadata(&source).map_err(missing)?.file_type();
-        if mount.destination == Path::new("/dev/shm")
+        // POSIX shared memory, and a pod's volumes of the kind `emptyDir: {medium: Memory}`.
+        let memory = mount.destination == Path::new("/dev/shm")
+            || source.components().any(|part| part.as_os_str() == "kubernetes.io~empty-dir");
+        if memory
             && kind.is_dir()
             && let Some(size) = tmpfs_size(&source)
         {
-            return Ok(Self::SharedMemory { size });
+            return Ok(Self::Memory { source, size });
         }
         if kind.is_char_device() || kind.is_block_device() || source == Path::new("/dev") {
             // The guest's own nodes: a host's device number means nothing there.

@@ -1,0 +1,137 @@
+//! What a container shares with the others of its pod.
+//!
+//! A pod is one virtual machine, and what its containers share is the machine's own: network,
+//! host name, IPC. Engines name those namespaces by the process that stands for the pod on
+//! the host, `/proc/<pid>/ns/…`; in the guest nothing is to be joined then.
+
+use crate::StorageError;
+use kata_oci::{NamespaceKind, Spec};
+use kata_protocol::agent::Storage;
+use kata_protocol::{POD_MOUNTS, SHARED_PID_NAMESPACE};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// The pod that a container joins.
+#[derive(Clone, Debug, Default)]
+pub struct Pod {
+    /// Host processes that stand for its containers.
+    pub pids: Vec<i32>,
+    /// Kernel parameters of its sandbox.
+    pub sysctls: BTreeMap<String, String>,
+}
+
+impl Pod {
+    /// Whether a namespace's path is one of this pod's.
+    pub(crate) fn has(&self, path: &Path) -> bool {
+        let Ok(rest) = path.strip_prefix("/proc") else { return false };
+        let mut parts = rest.iter();
+        let pid = parts.next().and_then(|pid| pid.to_str()?.parse().ok());
+        let in_ns = parts.next().is_some_and(|dir| dir == "ns") && parts.count() == 1;
+        in_ns && pid.is_some_and(|pid| self.pids.contains(&pid))
+    }
+
+    /// Rewrites the guest's specification of a container: it shares what it does not have
+    /// of its own.
+    pub(crate) fn join(&self, spec: &Spec, guest: &mut Value) {
+        let named = spec.linux();
+        let own = |kind| named.namespace(kind).is_some_and(|n| n.path.is_none());
+        let Some(linux) = guest.get_mut("linux").and_then(Value::as_object_mut) else { return };
+        if let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) {
+            namespaces
+                .retain(|namespace| namespace["path"].as_str().unwrap_or_default().is_empty());
+            // Also when the pod has the host's: that would be the agent's own.
+            if !own(NamespaceKind::Pid) {
+                namespaces.push(json!({"type": "pid", "path": SHARED_PID_NAMESPACE}));
+            }
+        }
+        let own_sysctls = linux.entry("sysctl").or_insert_with(|| json!({}));
+        if let Some(own_sysctls) = own_sysctls.as_object_mut() {
+            for (name, value) in &self.sysctls {
+                own_sysctls.entry(name.clone()).or_insert_with(|| json!(value));
+            }
+        }
+    }
+}
+
+/// The guest's memory that stands for the host's tmpfs at `source`: the same for every
+/// container that has it.
+pub(crate) fn memory(source: &Path, size: u64) -> Result<Storage, StorageError> {
+    let metadata = std::fs::metadata(source).map_err(|error| StorageError::Path {
+        path: source.to_owned(),
+        role: "a volume of memory".to_owned(),
+        source: error,
+    })?;
+    let mut name = DefaultHasher::new();
+    source.hash(&mut name);
+    Ok(Storage {
+        driver: "tmpfs".to_owned(),
+        source: "tmpfs".to_owned(),
+        fstype: "tmpfs".to_owned(),
+        options: vec![
+            "nosuid,nodev".to_owned(),
+            format!("mode={:o}", metadata.mode() & 0o7777),
+            format!("uid={},gid={}", metadata.uid(), metadata.gid()),
+            format!("size={size}"),
+        ],
+        mount_point: format!("{POD_MOUNTS}/{:016x}", name.finish()),
+        ..Storage::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod() -> Pod {
+        Pod { pids: vec![42], sysctls: [("net.x".to_owned(), "1".to_owned())].into() }
+    }
+
+    #[test]
+    fn only_namespaces_of_the_pods_processes_are_its_own() {
+        let has = |path: &str| pod().has(Path::new(path));
+        assert!(has("/proc/42/ns/ipc"));
+        for other in ["/proc/1/ns/ipc", "/proc/42/ns", "/proc/42/ns/a/b", "/proc/42/root", "/x"] {
+            assert!(!has(other), "{other}");
+        }
+    }
+
+    fn joined(namespaces: &str) -> Value {
+        let text = format!(
+            r#"{{"ociVersion":"1.0.2","root":{{"path":"r"}},"linux":{{"namespaces":[{namespaces}],
+               "sysctl":{{"net.y":"2"}}}}}}"#
+        );
+        let mut guest = serde_json::from_str(&text).unwrap();
+        pod().join(&Spec::parse(text.as_bytes()).unwrap(), &mut guest);
+        guest["linux"].clone()
+    }
+
+    #[test]
+    fn shared_namespaces_are_the_guests_and_own_ones_stay() {
+        let linux = joined(
+            r#"{"type":"pid"},{"type":"ipc","path":"/proc/42/ns/ipc"},{"type":"mount"},
+               {"type":"network","path":"/proc/42/ns/net"}"#,
+        );
+        assert_eq!(linux["namespaces"], json!([{"type": "pid"}, {"type": "mount"}]));
+        assert_eq!(linux["sysctl"], json!({"net.x": "1", "net.y": "2"}));
+    }
+
+    #[test]
+    fn pids_are_shared_on_request_and_instead_of_the_hosts() {
+        let shared = json!([{"type": "pid", "path": SHARED_PID_NAMESPACE}]);
+        assert_eq!(joined(r#"{"type":"pid","path":"/proc/42/ns/pid"}"#)["namespaces"], shared);
+        assert_eq!(joined("")["namespaces"], shared);
+    }
+
+    #[test]
+    fn memory_of_one_volume_is_one_mount() {
+        let dir = tempfile::tempdir().unwrap();
+        let one = memory(dir.path(), 4096).unwrap();
+        assert_eq!(one, memory(dir.path(), 4096).unwrap());
+        assert_ne!(one.mount_point, memory(Path::new("/tmp"), 4096).unwrap().mount_point);
+        assert!(one.mount_point.starts_with(POD_MOUNTS));
+        assert!(one.options.contains(&"size=4096".to_owned()));
+    }
+}
