@@ -132,6 +132,9 @@ pub(crate) static KEYS: &[Key] = &[
         }), "Length of the share's queues."),
     hypervisor("msize_9p", "8192", Kind::Number(|c| &mut c.hypervisor.msize_9p, 4096, 1 << 20),
         "Bytes in one 9p message."),
+    hypervisor("disable_vhost_net", "false", Kind::Flag(|c| &mut c.hypervisor.disable_vhost_net),
+        "Let QEMU move network packets under KVM, too, instead of the host's kernel: slower, \
+         smaller attack surface."),
     hypervisor("entropy_source", "\"/dev/urandom\"", Kind::Path(|c| &mut c.hypervisor.entropy_source),
         "Where the guest's random numbers come from: the kernel (/dev/urandom, /dev/random), or a \
          device such as /dev/hwrng."),
@@ -189,7 +192,6 @@ pub(crate) static KEYS: &[Key] = &[
 
     // Known, without effect.
     moot(Hypervisor, "memory_slots", "Memory is not plugged into a running VM yet."),
-    moot(Hypervisor, "disable_vhost_net", "QEMU itself moves the packets: the smaller attack surface."),
     moot(Hypervisor, "disable_block_device_use",
         "A root file system on a block device is shared as a directory, too."),
     moot(Hypervisor, "rootless", "QEMU always runs as a user of its own where we are root."),

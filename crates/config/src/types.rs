@@ -165,6 +165,8 @@ pub struct HypervisorConfig {
     pub msize_9p: u32,
     /// Where the guest's random numbers come from.
     pub entropy_source: PathBuf,
+    /// Do not use vhost-net.
+    pub disable_vhost_net: bool,
     /// QEMU's own `-sandbox` options; empty: the strictest.
     pub seccompsandbox: String,
     /// Let the guest's kernel say more, and log its console.
@@ -235,6 +237,7 @@ impl SandboxConfig {
                 virtio_fs_queue_size: 1024,
                 msize_9p: 8192,
                 entropy_source: "/dev/urandom".into(),
+                disable_vhost_net: false,
                 seccompsandbox: String::new(),
                 enable_debug: false,
                 enable_annotations: Vec::new(),

@@ -184,6 +184,9 @@ pub struct VmConfig {
     pub max_vcpus: u32,
     /// Network interfaces that are there from the start.
     pub nics: Vec<Nic>,
+    /// The host's kernel moves packets between guest and taps (`/dev/vhost-net`) where it can;
+    /// else the monitor does.
+    pub vhost_net: bool,
     /// Root ports kept free for devices plugged later (q35). Each costs start time.
     pub hotplug_ports: u32,
     /// Host directories.

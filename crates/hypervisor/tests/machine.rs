@@ -77,6 +77,7 @@ fn config(directory: &tempfile::TempDir, what: &str) -> VmConfig {
         vcpus: 1,
         max_vcpus: 1,
         nics: Vec::new(),
+        vhost_net: false,
         hotplug_ports: 1,
         share: None,
         channel: ChannelKind::Serial,

@@ -72,6 +72,9 @@ pub(crate) fn vm_config(
         vcpus: sizing.vcpus,
         max_vcpus: sizing.max_vcpus,
         nics: nics.into_iter().map(|(tap, mac)| nic(tap, mac)).collect(),
+        // Under TCG it moves nothing faster.
+        vhost_net: verdict.accelerator == kata_hypervisor::Accelerator::Kvm
+            && !hypervisor.disable_vhost_net,
         hotplug_ports: HOTPLUG_PORTS,
         share: Some(share),
         channel,

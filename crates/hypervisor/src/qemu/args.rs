@@ -1,6 +1,7 @@
 //! QEMU's command line, and the descriptors that go with it.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 
@@ -12,6 +13,8 @@ use crate::qemu::cage::SHARE;
 const FIRST_FD: RawFd = 10;
 /// The name under which the agent's end of the serial channel appears in the guest.
 const SERIAL_PORT: &str = "kata.agent.0";
+/// Where the host's kernel moves packets for guests.
+const VHOST_NET: &str = "/dev/vhost-net";
 /// QEMU's own filter: it starts nothing, gains nothing, changes no limits.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
@@ -56,7 +59,7 @@ impl CommandLine {
             line.option("-device", root_port(index));
         }
         for (index, nic) in std::mem::take(&mut config.nics).into_iter().enumerate() {
-            line.nic(config.machine, index, nic);
+            line.nic(config, index, nic);
         }
         if let Some(share) = config.share.take() {
             line.share(config.machine, share);
@@ -141,9 +144,14 @@ impl CommandLine {
         self.option("-device", virtio(machine, "virtio-rng", "rng=rng"));
     }
 
-    fn nic(&mut self, machine: Machine, index: usize, nic: Nic) {
+    fn nic(&mut self, config: &VmConfig, index: usize, nic: Nic) {
+        let machine = config.machine;
         let fd = self.fd(nic.tap);
-        self.option("-netdev", format!("tap,id=net{index},fd={fd}"));
+        let mut netdev = format!("tap,id=net{index},fd={fd}");
+        if let Some(device) = vhost_net(config.vhost_net) {
+            netdev.push_str(&format!(",vhost=on,vhostfd={}", self.fd(device)));
+        }
+        self.option("-netdev", netdev);
         let mut properties = format!("netdev=net{index},mac={}", nic.mac);
         if machine == Machine::Q35 {
             // Nobody boots from the network.
@@ -204,6 +212,18 @@ fn virtio(machine: Machine, name: &str, properties: &str) -> String {
     }
 }
 
+/// The device by which the host's kernel moves a NIC's packets, if that is wanted and there.
+pub(crate) fn vhost_net(wanted: bool) -> Option<OwnedFd> {
+    let open = || File::options().read(true).write(true).open(VHOST_NET);
+    match wanted.then(open)? {
+        Ok(device) => Some(device.into()),
+        Err(error) => {
+            tracing::debug!(%error, "no {VHOST_NET}: the monitor moves the packets");
+            None
+        }
+    }
+}
+
 /// Name of a root port, which is also the name of the bus behind it.
 pub(crate) fn port_name(index: u32) -> String {
     format!("port{index}")
@@ -229,7 +249,6 @@ fn cpu(accelerator: Accelerator, qemu_major: u32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
 
     use super::*;
     use crate::config::Mac;

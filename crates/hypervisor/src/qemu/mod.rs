@@ -9,7 +9,7 @@ mod qmp;
 mod version;
 mod watch;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use crate::config::{Accelerator, ChannelKind, Machine, Nic, Share, VmConfig};
 use crate::console::Console;
 use crate::error::{HypervisorError, host};
 use crate::exit::{Exited, VmExit};
-use crate::qemu::args::{CommandLine, Sockets, port_name};
+use crate::qemu::args::{CommandLine, Sockets, port_name, vhost_net};
 use crate::qemu::qmp::{Closefd, Command, Cont, DeviceAdd, DeviceDel, Getfd, NetdevAddTap};
 use crate::qemu::qmp::{NetdevDel, Qmp, QmpCapabilities, Quit, Stop};
 use crate::qemu::watch::Watch;
@@ -70,6 +70,8 @@ struct Running {
     /// What is plugged, by the number of the root port.
     ports: Vec<Option<DeviceId>>,
     plugged: u32,
+    /// Whether the host's kernel may move packets.
+    vhost_net: bool,
 }
 
 impl Drop for Running {
@@ -164,14 +166,8 @@ impl Qemu {
         let id = format!("plugged{}", running.plugged);
         let qmp = running.qmp.clone();
 
-        let name = Getfd { fdname: id.clone() };
-        let answer = qmp.call_with_fd(&name, Some(nic.tap.as_fd()), COMMAND).await;
-        self.explain("hand qemu a tap", answer).await?;
-        let netdev = NetdevAddTap { kind: "tap", id: id.clone(), fd: id.clone() };
-        if let Err(error) = self.ask("make a network interface", &netdev).await {
-            let _ = qmp.call(&Closefd { fdname: id }, COMMAND).await;
-            return Err(error);
-        }
+        let device = vhost_net(running.vhost_net);
+        self.add_tap(&id, nic.tap.as_fd(), device.as_ref().map(AsFd::as_fd)).await?;
         let properties = Map::from_iter([
             ("netdev".to_owned(), json!(id)),
             ("mac".to_owned(), json!(nic.mac.to_string())),
@@ -188,6 +184,37 @@ impl Qemu {
         Ok(id)
     }
 
+    /// Makes the host's end of a NIC: `id` is its name, and those of the descriptors.
+    async fn add_tap(
+        &mut self,
+        id: &str,
+        tap: BorrowedFd<'_>,
+        vhost: Option<BorrowedFd<'_>>,
+    ) -> Result<(), HypervisorError> {
+        let qmp = self.running()?.qmp.clone();
+        let names = [Some(id.to_owned()), vhost.map(|_| format!("{id}-vhost"))];
+        for (name, fd) in names.iter().zip([Some(tap), vhost]) {
+            let (Some(name), Some(fd)) = (name, fd) else { continue };
+            let answer = qmp.call_with_fd(&Getfd { fdname: name.clone() }, Some(fd), COMMAND).await;
+            self.explain("hand qemu a tap or vhost-net", answer).await?;
+        }
+        let [fd, vhostfd] = names.clone();
+        let netdev = NetdevAddTap {
+            kind: "tap",
+            id: id.to_owned(),
+            fd: fd.unwrap_or_default(),
+            vhost: vhostfd.is_some(),
+            vhostfd,
+        };
+        let made = self.ask("make a network interface", &netdev).await.map(drop);
+        if made.is_err() {
+            for fdname in names.into_iter().flatten() {
+                let _ = qmp.call(&Closefd { fdname }, COMMAND).await;
+            }
+        }
+        made
+    }
+
     /// Spawns QEMU and whatever follows it.
     fn launch(&mut self, mut config: VmConfig, major: u32) -> Result<(), HypervisorError> {
         let on_host = cage::paths(&config)?;
@@ -202,6 +229,7 @@ impl Qemu {
         };
         let sockets = Sockets { qmp: qmp_theirs, console: console_theirs, agent: agent_theirs };
         let ports = if self.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
+        let vhost_net = config.vhost_net;
         let line = CommandLine::new(&mut config, paths, sockets, major);
 
         let (stderr, stderr_theirs) = std::io::pipe().map_err(host("make a pipe"))?;
@@ -226,6 +254,7 @@ impl Qemu {
             agent,
             ports: vec![None; ports as usize],
             plugged: 0,
+            vhost_net,
         });
         self.watch.start(child, &qmp, reader, console, stderr, self.console.clone())?;
         tokio::spawn(async move {
@@ -394,6 +423,7 @@ pub(crate) fn sample_config() -> VmConfig {
         vcpus: 1,
         max_vcpus: 4,
         nics: Vec::new(),
+        vhost_net: false,
         hotplug_ports: 2,
         share: None,
         channel: ChannelKind::Serial,

@@ -113,6 +113,11 @@ pub(crate) struct NetdevAddTap {
     pub id: String,
     /// Name given by [`Getfd`].
     pub fd: String,
+    /// Whether the host's kernel moves the packets.
+    pub vhost: bool,
+    /// Name of its device, given by [`Getfd`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhostfd: Option<String>,
 }
 
 impl Command for NetdevAddTap {
