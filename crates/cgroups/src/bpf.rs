@@ -97,6 +97,8 @@ const PROG_GET_FD_BY_ID: libc::c_int = 13;
 const PROG_QUERY: libc::c_int = 16;
 const LINK_CREATE: libc::c_int = 28;
 const ALLOW_MULTI: u32 = 2;
+/// How often a program is offered to the kernel.
+const RETRIES: usize = 100;
 /// The kernel keeps at most so many programs at one cgroup.
 const MAX_ATTACHED: usize = 64;
 
@@ -180,7 +182,14 @@ pub(crate) fn load(program: &[Instruction], hook: Hook) -> io::Result<OwnedFd> {
         interface: 0,
         hook: hook.expected(),
     };
-    call(PROG_LOAD, &mut attr).map(own)
+    // A signal, as of a child that ended, makes the kernel stop looking at it.
+    for _ in 0..RETRIES {
+        match call(PROG_LOAD, &mut attr) {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+            result => return result.map(own),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EAGAIN))
 }
 
 fn attachment(first_fd: u32, second_fd: u32, hook: Hook, flags: u32) -> Attach {

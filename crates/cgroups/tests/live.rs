@@ -330,3 +330,32 @@ fn what_is_sent_to_a_redirected_port_arrives_at_the_other() {
     socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
     assert!(socket.recv_from(&mut buffer).is_err(), "it is redirected no longer");
 }
+
+/// A signal makes the kernel give up checking a program; a process with children gets some.
+#[test]
+fn programs_are_installed_though_signals_come() {
+    extern "C" fn nothing(_: libc::c_int) {}
+    if !is_root() {
+        return;
+    }
+    // SAFETY: the handler does nothing, and no other test uses the signal.
+    unsafe { libc::signal(libc::SIGUSR1, nothing as *const () as libc::sighandler_t) };
+    // SAFETY: names the calling thread.
+    let me = unsafe { libc::pthread_self() };
+    let hierarchy = unified();
+    let own = Own::new(&hierarchy, "signals");
+    let resources = Resources::parse(br#"{"devices":[{"allow":false}]}"#).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                // SAFETY: the thread lives until this one has ended.
+                unsafe { libc::pthread_kill(me, libc::SIGUSR1) };
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        });
+        let results: Vec<_> = (0..300).map(|_| own.0.apply(&resources, true)).collect();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        results.into_iter().for_each(|result| result.unwrap());
+    });
+}

@@ -77,6 +77,8 @@ impl Network {
             return Ok(None);
         }
         let state = kata_network::scan(&self.netns)?;
+        // What is gone leaves a NIC for what is new.
+        self.part_from_gone(&state.links);
         let new = state.links.iter().filter(|link| !self.is_joined(link.index));
         let new: Vec<&Link> = new.collect();
         match self.model {

@@ -225,7 +225,12 @@ fn container_may_serve_dns_on_all_addresses(docker: &Docker) -> Result<()> {
     let options = format!("--network {}", network.name);
     let server = docker.detached(&options, SERVE)?;
     let container = docker.detached(&options, "probe udp-echo 53")?;
-    let seen = container.exec(&format!("timeout 5 wget -qO- http://{}/", server.name))?;
+    let seen = container
+        .exec(&format!("timeout 5 wget -qO- http://{}/", server.name))
+        .with_context(|| {
+            let logs = docker.cmd(&format!("logs {}", container.name));
+            logs.map_or_else(|error| error.to_string(), |logs| logs.err())
+        })?;
     ensure!(seen == "hello from the image", "{seen}");
     let address = container.address(&network.name)?;
     let asked = docker.sh(&options, &format!("probe udp-ask {address} 53"))?;

@@ -43,12 +43,17 @@ fn main() {
 
 fn echo_datagrams() {
     let port = std::env::args().nth(2).and_then(|port| port.parse().ok()).unwrap_or(7);
-    let Ok(socket) = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, port)) else {
-        return;
+    let serve = || -> std::io::Result<()> {
+        let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, port))?;
+        let mut buffer = [0; 2048];
+        loop {
+            let (count, from) = socket.recv_from(&mut buffer)?;
+            socket.send_to(&buffer[..count], from).ok();
+        }
     };
-    let mut buffer = [0; 2048];
-    while let Ok((count, from)) = socket.recv_from(&mut buffer) {
-        socket.send_to(&buffer[..count], from).ok();
+    if let Err(error) = serve() {
+        eprintln!("no datagrams on port {port}: {error}");
+        std::process::exit(1);
     }
 }
 
