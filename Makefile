@@ -21,7 +21,7 @@ configdir := $(PREFIX)/share/defaults/kata-containers
 
 .DEFAULT_GOAL := all
 .PHONY: all help deps deps-check host agent guest kernel distro-guest tuned-guest install uninstall \
-        try test unit e2e e2e-runc kvm-test bench fmt lint deny clean
+        try test unit e2e e2e-runc kvm-test bench fuzz fmt lint deny clean
 
 all: deps-check host guest ## build the host binary, the agent and the guest images
 
@@ -99,6 +99,9 @@ kvm-test: kernel all ## the tests of what differs under KVM, on an emulated host
 
 bench: ## measure what SPECIFICATION.md promises
 	@scripts/bench
+
+fuzz: ## run each fuzz target for a few seconds (SECONDS_EACH, 10)
+	@scripts/fuzz $(or $(SECONDS_EACH),10)
 
 fmt:
 	$(CARGO) fmt --all
