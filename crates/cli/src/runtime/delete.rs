@@ -78,15 +78,13 @@ async fn remove(global: &Global, record: &Record, server: Option<&Server>) -> Re
             Err(_) => tracing::warn!("container {id} does not end: its sandbox is removed"),
         }
     }
-    if alone {
-        let kept = match server {
-            // Containers of a pod that still run keep their sandbox.
-            Some(server) if helped => matches!(server.shut_down(false).await, Ok(false)),
-            _ => false,
-        };
-        if !kept {
-            clean_up(&sandbox)?;
-        }
+    let kept = match server {
+        // Containers of a pod that are still there keep their sandbox, whichever goes first.
+        Some(server) if helped => matches!(server.shut_down(false).await, Ok(false)),
+        _ => !alone,
+    };
+    if !kept {
+        clean_up(&sandbox)?;
     }
     if let Some(stand_in) = record.stand_in {
         stand_in.kill();
