@@ -83,11 +83,11 @@ pub enum Part {
 impl Part {
     fn is(self, program: &str, line: &str) -> bool {
         let hypervisor = program.contains("qemu-system");
-        // Ours begin with a title of their own; runc's shim is called as it is.
+        // Ours begin with a title of their own.
         match self {
             Self::Hypervisor => hypervisor,
             Self::Devices => !hypervisor && line.starts_with("kata-devices"),
-            Self::Shim => line.starts_with("kata-sandbox") || line.contains("containerd-shim-runc"),
+            Self::Shim => line.contains("containerd-shim-"),
         }
     }
 }

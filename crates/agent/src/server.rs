@@ -15,7 +15,7 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use crate::service::{Agent, Service};
-use crate::uevent;
+use crate::{forward, uevent};
 
 /// How long the virtio-serial port may take to show up.
 const PORT_TIME: Duration = Duration::from_secs(10);
@@ -109,6 +109,7 @@ async fn session(
             // The server takes streams as long as the agent lives.
             StreamKind::Rpc => drop(calls.send(stream).await),
             StreamKind::Dns => agent.networking.dns_stream(stream),
+            StreamKind::Forward => forward::accept(stream),
             StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr => {
                 agent.streams.arrived(header, stream);
             }

@@ -8,7 +8,6 @@
 //! Paths come from the engine and are checked ([`container_path`]); nothing else is
 //! trusted. All I/O is synchronous and short; nothing here needs a runtime.
 
-mod bpf;
 mod cgroup;
 mod device_program;
 mod devices;
@@ -20,6 +19,8 @@ mod redirect;
 mod stats;
 mod v1;
 mod v2;
+
+use kata_bpf as bpf;
 
 pub use cgroup::Cgroup;
 pub use error::CgroupError;

@@ -8,6 +8,9 @@
 //! [`serve_dns`] carries the guest's questions to a resolver that listens on the
 //! namespace's own loopback (Docker's 127.0.0.11).
 //!
+//! [`Loopback`] is the other way: it takes what somebody on the host dials at `localhost` in
+//! the namespace.
+//!
 //! [`check`] refuses the namespaces that no VM can take over. [`unjoin`] undoes by name.
 //!
 //! Trust: the namespace and the kernel are trusted. What comes out of the tap never meets
@@ -18,6 +21,7 @@ mod dns;
 mod error;
 mod guest;
 mod join;
+mod loopback;
 mod netns;
 mod scan;
 mod tap;
@@ -31,6 +35,7 @@ pub use error::NetworkError;
 pub use guest::{Attachment, guest_network};
 pub use join::{Model, join, let_answers_in, part, set_mtu, unjoin};
 pub use kata_netlink::{Address, InvalidMac, Link, LinkKind, Mac, Neighbour, Prefix, Route};
+pub use loopback::Loopback;
 pub use netns::Netns;
 pub use scan::{NetnsState, scan};
 pub use tap::{TAP_PREFIX, Tap};

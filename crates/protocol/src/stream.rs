@@ -21,6 +21,9 @@ pub enum StreamKind {
     Stderr = 3,
     /// DNS messages: `u32` big-endian id, `u16` big-endian length, message; both ways. Names no container.
     Dns = 4,
+    /// A connection to the guest's loopback: `u16` big-endian TCP port, then its bytes, both
+    /// ways. Names no container.
+    Forward = 5,
 }
 
 /// Opens a stream: sent by the host as the stream's first bytes.
@@ -71,6 +74,11 @@ impl StreamHeader {
         Self { kind: StreamKind::Dns, container: None, exec: None }
     }
 
+    /// A connection to the guest's loopback.
+    pub fn forward() -> Self {
+        Self { kind: StreamKind::Forward, container: None, exec: None }
+    }
+
     /// A process's stream.
     pub fn process(kind: StreamKind, container: Id, exec: Option<Id>) -> Self {
         Self { kind, container: Some(container), exec }
@@ -105,11 +113,12 @@ impl StreamHeader {
             2 => StreamKind::Stdout,
             3 => StreamKind::Stderr,
             4 => StreamKind::Dns,
+            5 => StreamKind::Forward,
             other => return Err(InvalidHeader::Kind(other)),
         };
         let container = rest.id()?;
         let exec = rest.id()?;
-        let of_process = !matches!(kind, StreamKind::Rpc | StreamKind::Dns);
+        let of_process = !matches!(kind, StreamKind::Rpc | StreamKind::Dns | StreamKind::Forward);
         if container.is_some() != of_process || (exec.is_some() && !of_process) {
             return Err(InvalidHeader::Shape(kind));
         }

@@ -11,6 +11,7 @@ mod agent;
 mod container;
 mod dir;
 mod error;
+mod forward;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod hooks;

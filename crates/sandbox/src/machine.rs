@@ -181,6 +181,11 @@ impl Machine {
         &self.agent
     }
 
+    /// The sandbox's id.
+    pub(crate) fn sandbox(&self) -> &Id {
+        &self.sandbox
+    }
+
     pub(crate) fn channel(&self) -> &HostChannel {
         &self.channel
     }
@@ -378,6 +383,11 @@ impl Machine {
         });
         *served = Some((address, task.abort_handle()));
         Ok(())
+    }
+
+    /// The engine's network namespace; none without one.
+    pub(crate) async fn netns(&self) -> Option<Arc<Netns>> {
+        self.network.lock().await.as_ref().map(Network::netns)
     }
 
     /// Follows the engine's namespace from now on: networks that are connected later.

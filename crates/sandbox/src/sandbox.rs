@@ -11,7 +11,7 @@ use crate::life::status_word;
 use crate::machine::{Boot, Machine};
 use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
 use crate::state::{StateFile, remove_cgroup};
-use crate::{PodRole, SandboxDir, SandboxError, hooks};
+use crate::{PodRole, SandboxDir, SandboxError, forward, hooks};
 use kata_network::Netns;
 use kata_oci::Status;
 use kata_protocol::{Id, chain, limits};
@@ -254,6 +254,11 @@ impl Sandbox {
             Ok(machine) => {
                 let machine = Arc::new(machine);
                 self.watch(&machine);
+                if matches!(PodRole::of(&bundle.spec.annotations), Ok(PodRole::Sandbox))
+                    && let Some(netns) = machine.netns().await
+                {
+                    forward::serve(&machine, &netns);
+                }
                 Ok(machine)
             }
             Err(error) => {
