@@ -9,8 +9,11 @@ use kata_protocol::Id;
 use kata_storage::{Plan, Pod};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+
+/// Containers of this sandbox so far: an engine may create one of the same name again.
+static CREATED: AtomicU64 = AtomicU64::new(0);
 
 /// A bundle that was read and checked; nothing has been created for it yet.
 pub(crate) struct Bundle {
@@ -34,7 +37,8 @@ impl Bundle {
         let path = path
             .canonicalize()
             .map_err(|source| SandboxError::Bundle { path: path.to_owned(), source })?;
-        let plan = kata_storage::plan(id, &path, &raw, &spec, &request.rootfs, pod)?;
+        let share = PathBuf::from(format!("{id}.{}", CREATED.fetch_add(1, Ordering::Relaxed)));
+        let plan = kata_storage::plan(id, &share, &path, &raw, &spec, &request.rootfs, pod)?;
         // Where a stand-in is the engine's process, the engine may join what is inside it.
         let pod = PodRole::of(&spec.annotations)? == PodRole::Sandbox;
         let in_guest = !pod || request.stand_in.is_some();

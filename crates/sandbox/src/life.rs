@@ -212,8 +212,12 @@ impl Sandbox {
     ) -> Result<(), SandboxError> {
         let container = self.container(&process.container)?;
         let found = container.process(process.exec.as_ref())?;
-        if found.status() != ProcessStatus::Running {
-            return Ok(());
+        match found.status() {
+            ProcessStatus::Exited(_) => return Ok(()),
+            // The guest knows nothing of it yet: it starts with this size.
+            ProcessStatus::Created if found.set_first_size(rows, columns) => return Ok(()),
+            // A container's first process has its terminal before it runs.
+            ProcessStatus::Created | ProcessStatus::Running => {}
         }
         let machine = self.machine().await?;
         machine.call(machine.agent().resize(process, rows, columns)).await

@@ -112,6 +112,18 @@ impl Process {
         self.order.lock().await
     }
 
+    /// Gives the terminal of an exec that is not started its size; false when it is none.
+    pub(crate) fn set_first_size(&self, rows: u32, columns: u32) -> bool {
+        let fit = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        match lock(&self.pending).as_mut() {
+            Some(pending) => {
+                (pending.stdio.rows, pending.stdio.columns) = (fit(rows), fit(columns));
+                true
+            }
+            None => false,
+        }
+    }
+
     pub(crate) fn take_pending(&self) -> Option<Pending> {
         lock(&self.pending).take()
     }
@@ -185,6 +197,17 @@ mod tests {
         assert!(process.exited(exit(3)));
         assert!(!process.exited(exit(137)));
         assert_eq!(process.wait().await.code, 3);
+    }
+
+    #[test]
+    fn a_size_that_comes_before_the_start_is_the_first_one() {
+        let process = process();
+        assert!(!process.set_first_size(24, 80), "it is no exec");
+        let reference = ProcessRef { container: "c".parse().unwrap(), exec: None };
+        let exec = Process::pending(reference, 1, Vec::new(), Stdio::default());
+        assert!(exec.set_first_size(24, 100_000));
+        let message = exec.take_pending().unwrap().stdio.message();
+        assert_eq!((message.rows, message.columns), (24, 65_535));
     }
 
     #[test]

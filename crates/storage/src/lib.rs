@@ -99,11 +99,14 @@ pub enum StorageError {
 
 /// Plans the file systems of `container`, whose `config.json` is `raw`. Its root is mounted
 /// from `rootfs`; when that names nothing, it is in the bundle. `pod` is what it joins.
+/// In the share all is below `share`, which no container had before: guests remember for
+/// some time what was in a directory.
 ///
 /// # Errors
 /// [`StorageError`] when a path does not exist or cannot be shared with a VM.
 pub fn plan(
     container: &Id,
+    share: &Path,
     bundle: &Path,
     raw: &[u8],
     spec: &Spec,
@@ -117,7 +120,7 @@ pub fn plan(
     let mut shared_storages = Vec::new();
 
     let root = root_of(bundle, spec, rootfs)?;
-    let at = Path::new(container.as_str()).join("rootfs");
+    let at = share.join("rootfs");
     guest["root"]["path"] = json!(Path::new(SHARE_MOUNT).join(&at));
     attachments.push(Attachment { at, ..root });
 
@@ -141,7 +144,7 @@ pub fn plan(
                 shared_storages.push(storage);
             }
             Volume::Shared { source, readonly, recursive } => {
-                let at = Path::new(container.as_str()).join(format!("m{index}"));
+                let at = share.join(format!("m{index}"));
                 entry["source"] = json!(Path::new(SHARE_MOUNT).join(&at));
                 let source = Source::Path(source);
                 attachments.push(Attachment { source, at, readonly, recursive });
@@ -275,7 +278,8 @@ mod tests {
             r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"x":{{"kept":1}},{extra}}}"#
         );
         let spec = Spec::parse(text.as_bytes()).unwrap();
-        plan(&"c1".parse().unwrap(), bundle.path(), text.as_bytes(), &spec, &[], None)
+        let share = Path::new("c1");
+        plan(&"c1".parse().unwrap(), share, bundle.path(), text.as_bytes(), &spec, &[], None)
     }
 
     fn root(rootfs: &[FileSystem]) -> Result<Attachment, StorageError> {

@@ -58,8 +58,10 @@ fn pod_publishes_its_ports(podman: &Podman) -> Result<()> {
 fn container_restarts_while_its_pod_lives(podman: &Podman) -> Result<()> {
     let pod = podman.pod("")?;
     let stays = podman.in_pod(&pod, "", SERVE)?;
-    let name = podman.in_pod(&pod, "", "trap 'exit 0' TERM; while :; do sleep 0.1; done")?;
-    for _ in 0..3 {
+    let script = "trap 'exit 0' TERM; touch /tmp/up; while :; do sleep 0.1; done";
+    let name = podman.in_pod(&pod, "", script)?;
+    for _ in 0..2 {
+        podman.ok(&format!("exec {name} sh -c 'until rm /tmp/up; do sleep 0.1; done' "))?;
         podman.ok(&format!("stop -t 60 {name}"))?;
         podman.until(&name, "exited")?;
         podman.ok(&format!("start {name}"))?;
