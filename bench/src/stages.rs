@@ -17,7 +17,7 @@ struct Mark {
 }
 
 /// The last thing that is done before the VM's process is started.
-const BEFORE_EXEC: &str = "devices process started";
+const BEFORE_EXEC: &str = "share started";
 const READY: &str = "agent ready";
 
 /// Starts containers one after the other and reads their stages.
