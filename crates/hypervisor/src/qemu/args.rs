@@ -249,7 +249,6 @@ fn cpu(accelerator: Accelerator, qemu_major: u32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
     use crate::config::Mac;
     use crate::qemu::sample_config;
