@@ -123,6 +123,19 @@ pub struct Nic {
     pub mac: Mac,
 }
 
+/// A block device of the guest.
+#[derive(Debug)]
+pub struct Disk {
+    /// A block device of the host or a file, opened for what the guest may do.
+    pub file: OwnedFd,
+    /// It is a file.
+    pub is_file: bool,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// What the guest knows it by: 1 to 20 letters and digits.
+    pub serial: String,
+}
+
 /// How the guest gets at host directories.
 #[derive(Debug)]
 pub enum Share {

@@ -25,6 +25,9 @@ pub enum HypervisorError {
     /// The configuration asks for what cannot be.
     #[error("{0}")]
     Config(&'static str),
+    /// As many devices are plugged as fit.
+    #[error("no root port is free for another device")]
+    NoPort,
     /// The monitor's process could not be started.
     #[error("cannot start the virtual machine monitor")]
     Launch(#[from] LaunchError),

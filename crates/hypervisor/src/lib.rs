@@ -29,8 +29,8 @@ use async_trait::async_trait;
 use tokio::net::UnixStream;
 
 pub use config::{
-    Accelerator, AcceleratorChoice, ChannelKind, InvalidMac, KernelKind, Mac, Machine, Nic, Share,
-    VmConfig,
+    Accelerator, AcceleratorChoice, ChannelKind, Disk, InvalidMac, KernelKind, Mac, Machine, Nic,
+    Share, VmConfig,
 };
 pub use console::Console;
 pub use error::HypervisorError;
@@ -43,6 +43,8 @@ pub use vsock::{VHOST_VSOCK, VsockDevice, vsock_available};
 pub enum Device {
     /// A network interface.
     Nic(Nic),
+    /// A disk.
+    Disk(Disk),
 }
 
 /// Names a device that was plugged, so that it can be unplugged.

@@ -282,7 +282,7 @@ async fn interfaces_are_there_from_the_start_and_come_and_go() {
     let plugged = vm.plug(Device::Nic(Nic { tap: tap("tap2"), mac: mac(3) })).await.unwrap();
     says(&vm, "nics 02:00:00:00:00:01 02:00:00:00:00:02 02:00:00:00:00:03").await;
     let full = vm.plug(Device::Nic(Nic { tap: tap("tap3"), mac: mac(4) })).await;
-    assert!(matches!(full, Err(HypervisorError::Config(_))), "{full:?}");
+    assert!(matches!(full, Err(HypervisorError::NoPort)), "{full:?}");
 
     vm.unplug(&plugged).await.unwrap();
     says(&vm, "nics gone to 2").await;

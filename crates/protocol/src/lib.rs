@@ -33,6 +33,9 @@ pub const SHARE_TAG: &str = "kataShared";
 /// Where the guest mounts the share; `<container>/rootfs` and `<container>/<n>` are below.
 pub const SHARE_MOUNT: &str = "/run/kata-containers/shared";
 
+/// Where the guest mounts root file systems that come as disks; `<container>` is below.
+pub const DISK_ROOTS: &str = "/run/kata-containers/roots";
+
 /// Where the guest mounts memory that the containers of a pod share; `<name>` is below.
 pub const POD_MOUNTS: &str = "/run/kata-containers/pod/memory";
 

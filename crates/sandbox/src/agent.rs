@@ -132,6 +132,7 @@ impl Agent {
             spec,
             stdio: Some(stdio).into(),
             network: network.into(),
+            storages: bundle.plan.disk.iter().map(|disk| disk.storage.clone()).collect(),
             shared_storages: bundle.plan.shared_storages.clone(),
             ..Default::default()
         };

@@ -4,6 +4,7 @@ use crate::agent::ProcessRef;
 use crate::process::{Process, lock};
 use crate::sandbox::CreateRequest;
 use crate::{PodRole, SandboxError};
+use kata_hypervisor::DeviceId;
 use kata_oci::{Hooks, Spec, State, Status};
 use kata_protocol::Id;
 use kata_storage::{Plan, Pod};
@@ -21,6 +22,8 @@ pub(crate) struct Bundle {
     pub path: PathBuf,
     pub spec: Spec,
     pub plan: Plan,
+    /// Its part of the share.
+    pub share: PathBuf,
     /// It is a container of the guest; not so what only stands for a pod.
     pub in_guest: bool,
 }
@@ -42,7 +45,7 @@ impl Bundle {
         // Where a stand-in is the engine's process, the engine may join what is inside it.
         let pod = PodRole::of(&spec.annotations)? == PodRole::Sandbox;
         let in_guest = !pod || request.stand_in.is_some();
-        Ok(Self { id: id.clone(), path, spec, plan, in_guest })
+        Ok(Self { id: id.clone(), path, spec, plan, share, in_guest })
     }
 
     pub(crate) fn hooks(&self) -> Hooks {
@@ -59,6 +62,8 @@ pub(crate) struct Container {
     pub attached: Vec<PathBuf>,
     /// It is a container of the guest.
     pub in_guest: bool,
+    /// The plugged disk that is its root.
+    pub disk: Option<DeviceId>,
     pub init: Arc<Process>,
     execs: Mutex<BTreeMap<Id, Arc<Process>>>,
     paused: AtomicBool,
@@ -66,13 +71,14 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    pub(crate) fn new(bundle: Bundle, init: Process) -> Self {
+    pub(crate) fn new(bundle: Bundle, init: Process, disk: Option<DeviceId>) -> Self {
         Self {
             id: bundle.id,
             bundle: bundle.path,
             spec: bundle.spec,
             attached: bundle.plan.attachments.into_iter().map(|a| a.at).collect(),
             in_guest: bundle.in_guest,
+            disk,
             init: Arc::new(init),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),

@@ -15,7 +15,7 @@ use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
 use kata_channel::HostChannel;
 use kata_config::{Host, Limits, SandboxConfig, Sizing};
-use kata_hypervisor::{Console, Device, Hypervisor, Qemu};
+use kata_hypervisor::{Console, Device, DeviceId, Hypervisor, HypervisorError, Qemu};
 use kata_network::{Mac, Netns};
 use kata_oci::Spec;
 use kata_protocol::{Id, StreamHeader, agent as message, chain};
@@ -220,6 +220,44 @@ impl Machine {
         }
         self.mark("share attached");
         Ok(())
+    }
+
+    /// Plugs the disk that is the root of a container. None, and the plan changed, when
+    /// the machine has no room for another: the root is shared then.
+    pub(crate) async fn plug_root(
+        &self,
+        bundle: &mut Bundle,
+    ) -> Result<Option<DeviceId>, SandboxError> {
+        let Some(disk) = &bundle.plan.disk else { return Ok(None) };
+        let path = disk.path.display();
+        let file = std::fs::File::options()
+            .read(true)
+            .write(!disk.readonly)
+            .open(&disk.path)
+            .map_err(SandboxError::io(format!("open {path}, the root of the container")))?;
+        let device = Device::Disk(kata_hypervisor::Disk {
+            file: file.into(),
+            is_file: disk.is_file,
+            readonly: disk.readonly,
+            serial: disk.storage.source.clone(),
+        });
+        match self.hypervisor.lock().await.plug(device).await {
+            Ok(device) => Ok(Some(device)),
+            Err(HypervisorError::NoPort) => {
+                tracing::info!(sandbox = %self.sandbox, container = %bundle.id,
+                    "no room for another disk: the root is mounted on the host and shared");
+                bundle.plan.share_root(&bundle.share)?;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Takes a disk out again; the guest no longer uses it.
+    pub(crate) async fn unplug(&self, device: &DeviceId) {
+        if let Err(error) = self.hypervisor.lock().await.unplug(device).await {
+            tracing::warn!(sandbox = %self.sandbox, %error, "cannot unplug a disk");
+        }
     }
 
     /// Takes them out again.

@@ -12,6 +12,7 @@ use crate::machine::{Boot, Machine};
 use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
 use crate::state::{StateFile, remove_cgroup};
 use crate::{PodRole, SandboxDir, SandboxError, forward, hooks};
+use kata_hypervisor::DeviceId;
 use kata_network::Netns;
 use kata_oci::Status;
 use kata_protocol::{Id, chain, limits};
@@ -291,8 +292,33 @@ impl Sandbox {
     async fn create_in(
         self: &Arc<Self>,
         machine: &Arc<Machine>,
+        mut bundle: Bundle,
+        request: CreateRequest,
+    ) -> Result<i32, SandboxError> {
+        let mut disk = None;
+        if bundle.in_guest && bundle.plan.disk.is_some() {
+            // A guest that is still looking for its devices might miss it.
+            machine.ready().await?;
+            disk = machine.plug_root(&mut bundle).await?;
+        }
+        let attached: Vec<_> = bundle.plan.attachments.iter().map(|a| a.at.clone()).collect();
+        let built = self.build_in(machine, bundle, request, disk.clone()).await;
+        if built.is_err() && !machine.is_over() {
+            // The pod lives on, without what this container would have had.
+            machine.detach(&attached);
+            if let Some(disk) = &disk {
+                machine.unplug(disk).await;
+            }
+        }
+        built
+    }
+
+    async fn build_in(
+        self: &Arc<Self>,
+        machine: &Arc<Machine>,
         bundle: Bundle,
         mut request: CreateRequest,
+        disk: Option<DeviceId>,
     ) -> Result<i32, SandboxError> {
         let pid = request.stand_in.unwrap_or_else(|| machine.pid());
         if let Some(pid) = request.stand_in {
@@ -322,7 +348,7 @@ impl Sandbox {
             machine.call(machine.agent().configure_network(&network)).await?;
         }
         machine.mark("container created");
-        let container = Arc::new(Container::new(bundle, process));
+        let container = Arc::new(Container::new(bundle, process, disk));
         if container.in_guest {
             self.follow(machine, &container, Arc::clone(&container.init));
         }
@@ -369,6 +395,10 @@ impl Sandbox {
             }
             if process.exec.is_none() {
                 machine.detach(&container.attached);
+                let others = lock(&self.containers).len() > 1;
+                if let Some(disk) = container.disk.as_ref().filter(|_| others) {
+                    machine.unplug(disk).await;
+                }
             }
         }
         match &process.exec {

@@ -5,6 +5,7 @@
 //! the list of host paths to attach to the share. It touches nothing: the sandbox acts
 //! on the [`Plan`]. What the engine named is trusted as far as `runc` would trust it.
 
+mod disk;
 mod pod;
 mod volume;
 
@@ -14,6 +15,7 @@ use kata_protocol::{Id, SHARE_MOUNT};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
+pub use disk::Disk;
 pub use pod::Pod;
 pub use volume::Volume;
 
@@ -64,6 +66,8 @@ pub struct Plan {
     pub spec: Vec<u8>,
     /// What the share must hold before the guest is asked to create the container.
     pub attachments: Vec<Attachment>,
+    /// The disk that is the container's root, if it is one.
+    pub disk: Option<Disk>,
     /// What the guest mounts for all containers of the pod, unless it is there already.
     pub shared_storages: Vec<Storage>,
     /// The host's file that the container has as `/etc/resolv.conf`.
@@ -119,10 +123,18 @@ pub fn plan(
     let mut resolv_conf = None;
     let mut shared_storages = Vec::new();
 
-    let root = root_of(bundle, spec, rootfs)?;
-    let at = share.join("rootfs");
-    guest["root"]["path"] = json!(Path::new(SHARE_MOUNT).join(&at));
-    attachments.push(Attachment { at, ..root });
+    let disk = match rootfs {
+        [mount] => disk::of(container, mount),
+        _ => None,
+    };
+    let at = share.join(ROOT);
+    guest["root"]["path"] = match &disk {
+        Some(disk) => json!(disk.storage.mount_point),
+        None => json!(Path::new(SHARE_MOUNT).join(&at)),
+    };
+    if disk.is_none() {
+        attachments.push(Attachment { at, ..root_of(bundle, spec, rootfs)? });
+    }
 
     for (index, mount) in spec.mounts.iter().enumerate() {
         if mount.destination == Path::new("/etc/resolv.conf") {
@@ -155,7 +167,28 @@ pub fn plan(
     if let Some(pod) = pod {
         pod.join(spec, &mut guest);
     }
-    Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, shared_storages, resolv_conf })
+    Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, disk, shared_storages, resolv_conf })
+}
+
+/// What the root is called in a container's part of the share.
+const ROOT: &str = "rootfs";
+
+impl Plan {
+    /// Has the root that is a disk mounted on the host instead, and shared. `share` is the
+    /// directory in the share that [`plan`] was given.
+    ///
+    /// # Errors
+    /// The specification is not JSON (it was parsed before, so this is rare).
+    pub fn share_root(&mut self, share: &Path) -> Result<(), StorageError> {
+        let Some(disk) = self.disk.take() else { return Ok(()) };
+        let at = share.join(ROOT);
+        let mut guest: Value = serde_json::from_slice(&self.spec)?;
+        guest["root"]["path"] = json!(Path::new(SHARE_MOUNT).join(&at));
+        self.spec = serde_json::to_vec(&guest)?;
+        let (source, readonly) = (Source::FileSystem(disk.mount), disk.readonly);
+        self.attachments.insert(0, Attachment { source, at, readonly, recursive: true });
+        Ok(())
+    }
 }
 
 /// The container's root; where it goes is not said yet.

@@ -3,6 +3,7 @@
 mod exec;
 mod hooks;
 mod lifecycle;
+mod shim;
 
 use kata_e2e::oci::Oci;
 use kata_e2e::runner::Trial;
@@ -12,5 +13,6 @@ pub fn trials() -> Vec<Trial<Oci>> {
     let mut all = lifecycle::trials();
     all.extend(exec::trials());
     all.extend(hooks::trials());
+    all.extend(shim::trials());
     all
 }

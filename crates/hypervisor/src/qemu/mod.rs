@@ -23,13 +23,16 @@ pub use qmp::QmpError;
 #[cfg(fuzzing)]
 pub(crate) use qmp::fuzz as fuzz_qmp;
 
-use crate::config::{Accelerator, ChannelKind, Machine, Nic, Share, VmConfig};
+use crate::config::{Accelerator, ChannelKind, Disk, Machine, Nic, Share, VmConfig};
 use crate::console::Console;
 use crate::error::{HypervisorError, host};
 use crate::exit::{Exited, VmExit};
 use crate::qemu::args::{CommandLine, Sockets, port_name, vhost_net};
-use crate::qemu::qmp::{Closefd, Command, Cont, DeviceAdd, DeviceDel, Getfd, NetdevAddTap};
-use crate::qemu::qmp::{NetdevDel, Qmp, QmpCapabilities, Quit, Stop};
+use crate::qemu::qmp::{
+    AddFd, BlockdevAdd, BlockdevDel, Closefd, Command, Cont, DeviceAdd, DeviceDel, Getfd,
+    NetdevAddTap,
+};
+use crate::qemu::qmp::{NetdevDel, Qmp, QmpCapabilities, Quit, RemoveFd, Stop};
 use crate::qemu::watch::Watch;
 use crate::{Capabilities, Device, DeviceId, Hypervisor};
 
@@ -68,10 +71,32 @@ struct Running {
     up: tokio::sync::watch::Receiver<bool>,
     agent: Option<UnixStream>,
     /// What is plugged, by the number of the root port.
-    ports: Vec<Option<DeviceId>>,
+    ports: Vec<Option<Plugged>>,
     plugged: u32,
     /// Whether the host's kernel may move packets.
     vhost_net: bool,
+}
+
+/// A plugged device, and what it leaves on the host's side.
+#[derive(Debug)]
+struct Plugged {
+    id: DeviceId,
+    backend: Backend,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Backend {
+    Tap,
+    Disk { fdset: u32 },
+}
+
+impl Running {
+    /// A free root port, and a number that no device had before.
+    fn reserve(&mut self) -> Result<(usize, u32), HypervisorError> {
+        let port = self.ports.iter().position(Option::is_none).ok_or(HypervisorError::NoPort)?;
+        self.plugged += 1;
+        Ok((port, self.plugged))
+    }
 }
 
 impl Drop for Running {
@@ -158,12 +183,8 @@ impl Qemu {
     async fn plug_nic(&mut self, nic: Nic) -> Result<DeviceId, HypervisorError> {
         self.up().await?;
         let running = self.running()?;
-        let port =
-            running.ports.iter().position(Option::is_none).ok_or(HypervisorError::Config(
-                "no root port is free for another device; ask for more in the configuration",
-            ))?;
-        running.plugged += 1;
-        let id = format!("plugged{}", running.plugged);
+        let (port, number) = running.reserve()?;
+        let id = format!("plugged{number}");
         let qmp = running.qmp.clone();
 
         let device = vhost_net(running.vhost_net);
@@ -180,7 +201,53 @@ impl Qemu {
             return Err(error);
         }
         let id = DeviceId(id);
-        self.running()?.ports[port] = Some(id.clone());
+        self.running()?.ports[port] = Some(Plugged { id: id.clone(), backend: Backend::Tap });
+        Ok(id)
+    }
+
+    async fn plug_disk(&mut self, disk: Disk) -> Result<DeviceId, HypervisorError> {
+        if disk.serial.is_empty()
+            || disk.serial.len() > 20
+            || !disk.serial.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        {
+            return Err(HypervisorError::Config("a disk's serial has 1 to 20 letters and digits"));
+        }
+        self.up().await?;
+        let running = self.running()?;
+        let (port, fdset) = running.reserve()?;
+        let id = format!("plugged{fdset}");
+        let qmp = running.qmp.clone();
+
+        let add = AddFd { fdset_id: fdset };
+        let answer = qmp.call_with_fd(&add, Some(disk.file.as_fd()), COMMAND).await;
+        self.explain("hand qemu a disk", answer).await?;
+        let node = BlockdevAdd {
+            driver: "raw",
+            node_name: id.clone(),
+            read_only: disk.readonly,
+            file: json!({
+                "driver": if disk.is_file { "file" } else { "host_device" },
+                "filename": format!("/dev/fdset/{fdset}"),
+            }),
+        };
+        if let Err(error) = self.ask("open a disk", &node).await {
+            let _ = qmp.call(&RemoveFd { fdset_id: fdset }, COMMAND).await;
+            return Err(error);
+        }
+        let properties = Map::from_iter([
+            ("drive".to_owned(), json!(id)),
+            ("serial".to_owned(), json!(disk.serial)),
+        ]);
+        let bus = port_name(port as u32);
+        let device = DeviceAdd { driver: "virtio-blk-pci", id: id.clone(), bus, properties };
+        if let Err(error) = self.ask("plug a disk", &device).await {
+            let _ = qmp.call(&BlockdevDel { node_name: id }, COMMAND).await;
+            let _ = qmp.call(&RemoveFd { fdset_id: fdset }, COMMAND).await;
+            return Err(error);
+        }
+        let id = DeviceId(id);
+        let backend = Backend::Disk { fdset };
+        self.running()?.ports[port] = Some(Plugged { id: id.clone(), backend });
         Ok(id)
     }
 
@@ -252,7 +319,7 @@ impl Qemu {
             qmp: qmp.clone(),
             up,
             agent,
-            ports: vec![None; ports as usize],
+            ports: (0..ports).map(|_| None).collect(),
             plugged: 0,
             vhost_net,
         });
@@ -337,14 +404,19 @@ impl Hypervisor for Qemu {
         }
         match device {
             Device::Nic(nic) => self.plug_nic(nic).await,
+            Device::Disk(disk) => self.plug_disk(disk).await,
         }
     }
 
     async fn unplug(&mut self, device: &DeviceId) -> Result<(), HypervisorError> {
         const STEP: &str = "unplug a device";
         let running = self.running()?;
-        let port = running.ports.iter().position(|port| port.as_ref() == Some(device));
-        let port = port.ok_or(HypervisorError::Config("there is no such device to unplug"))?;
+        let mut ports = running.ports.iter().enumerate();
+        let found = ports.find_map(|(number, port)| {
+            port.as_ref().filter(|port| port.id == *device).map(|port| (number, port.backend))
+        });
+        let (port, backend) =
+            found.ok_or(HypervisorError::Config("there is no such device to unplug"))?;
         let mut events = running.qmp.events();
         let id = device.0.clone();
         self.ask(STEP, &DeviceDel { id: id.clone() }).await?;
@@ -366,7 +438,13 @@ impl Hypervisor for Qemu {
             exit = exited.wait() => return Err(HypervisorError::Exited(exit)),
         };
         gone.map_err(|source| HypervisorError::Monitor { step: STEP, source })?;
-        self.ask(STEP, &NetdevDel { id }).await?;
+        match backend {
+            Backend::Tap => drop(self.ask(STEP, &NetdevDel { id }).await?),
+            Backend::Disk { fdset } => {
+                self.ask(STEP, &BlockdevDel { node_name: id }).await?;
+                self.ask(STEP, &RemoveFd { fdset_id: fdset }).await?;
+            }
+        }
         self.running()?.ports[port] = None;
         Ok(())
     }

@@ -76,6 +76,7 @@ macro_rules! commands {
     ($($(#[$doc:meta])* $type:ident = $name:literal { $($field:ident: $kind:ty),* })*) => {$(
         $(#[$doc])*
         #[derive(Debug, Serialize)]
+        #[serde(rename_all = "kebab-case")]
         pub(crate) struct $type { $(
             pub $field: $kind,
         )* }
@@ -99,6 +100,12 @@ commands! {
     Getfd = "getfd" { fdname: String }
     /// Gives a named descriptor up.
     Closefd = "closefd" { fdname: String }
+    /// Takes the descriptor that comes along into a set, under which files are opened.
+    AddFd = "add-fd" { fdset_id: u32 }
+    /// Gives a set of descriptors up.
+    RemoveFd = "remove-fd" { fdset_id: u32 }
+    /// Removes the host's side of a disk.
+    BlockdevDel = "blockdev-del" { node_name: String }
     /// Removes the host's end of a network interface.
     NetdevDel = "netdev_del" { id: String }
     /// Asks the guest to let go of a device.
@@ -122,6 +129,22 @@ pub(crate) struct NetdevAddTap {
 
 impl Command for NetdevAddTap {
     const NAME: &'static str = "netdev_add";
+    type Answer = Value;
+}
+
+/// Makes the host's side of a disk.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct BlockdevAdd {
+    pub driver: &'static str,
+    pub node_name: String,
+    pub read_only: bool,
+    /// What is below the format.
+    pub file: Value,
+}
+
+impl Command for BlockdevAdd {
+    const NAME: &'static str = "blockdev-add";
     type Answer = Value;
 }
 
