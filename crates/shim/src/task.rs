@@ -46,11 +46,14 @@ pub(crate) struct TaskService {
     server: TaskServer,
     /// Containers whose processes have stand-ins.
     with_stand_ins: Mutex<BTreeSet<Id>>,
+    /// Metrics are of cgroup v2's kind.
+    unified: bool,
 }
 
 impl TaskService {
     pub(crate) fn new(server: TaskServer) -> Self {
-        Self { server, with_stand_ins: Mutex::default() }
+        let unified = server.engine.is_some() && stats::host_is_unified();
+        Self { server, with_stand_ins: Mutex::default(), unified }
     }
 
     fn sandbox(&self) -> &Arc<Sandbox> {
@@ -270,7 +273,7 @@ impl Task for TaskService {
     ) -> Answer<api::StatsResponse> {
         let stats = answer(self.sandbox().stats(&id(&request.id)?).await)?;
         Ok(api::StatsResponse {
-            stats: MessageField::some(stats::to_any(&stats)),
+            stats: MessageField::some(stats::to_any(&stats, self.unified)),
             ..Default::default()
         })
     }
