@@ -9,9 +9,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let _ = kata_oci::Resources::parse(bytes);
     let Ok(spec) = kata_oci::Spec::parse(bytes) else { return };
     let Ok(container) = "c1".parse() else { return };
-    if let Ok(plan) =
-        kata_storage::plan(&container, Path::new("/nonexistent"), bytes, &spec, &[], None)
-    {
+    let (share, bundle) = (Path::new("c1.1"), Path::new("/nonexistent"));
+    if let Ok(plan) = kata_storage::plan(&container, share, bundle, bytes, &spec, &[], None) {
         // What the guest gets is a specification again.
         assert!(kata_oci::Spec::parse(&plan.spec).is_ok());
     }
