@@ -137,7 +137,9 @@ pub(crate) fn launch(
         source,
     })?;
     let failed = |source| ClientError::Launch { sandbox: sandbox.clone(), source };
-    let title = format!("kata-sandbox {sandbox}");
+    // People look for a shim where there is containerd.
+    let name = if args.engine.is_some() { "containerd-shim-kata-v2" } else { "kata-sandbox" };
+    let title = format!("{name} {sandbox}");
     let mut launch = Launch::role(Role::SandboxServer, title, args)
         .map_err(failed)?
         .fd(listeners.task, TASK_FD)
