@@ -98,7 +98,10 @@ impl Sandbox {
                 state: "being started",
             });
         };
-        let message = pending.stdio.message();
+        let mut message = pending.stdio.message();
+        if let Some((rows, columns)) = process.take_size() {
+            (message.rows, message.columns) = (rows, columns);
+        }
         let streams = std::mem::take(&mut pending.stdio.streams);
         let relay = Relay::start(machine.channel(), &container.id, Some(exec), streams).await?;
         process.set_relay(relay);
@@ -109,6 +112,11 @@ impl Sandbox {
             return Err(machine.explain(error).await);
         }
         process.running();
+        // One that came while the guest was starting it.
+        if let Some((rows, columns)) = process.take_size() {
+            // It keeps the one it has otherwise.
+            let _ = machine.agent().resize(&reference, rows, columns).await;
+        }
         self.follow(machine, container, Arc::clone(process));
         Ok(())
     }
@@ -214,8 +222,11 @@ impl Sandbox {
         let found = container.process(process.exec.as_ref())?;
         match found.status() {
             ProcessStatus::Exited(_) => return Ok(()),
-            // The guest knows nothing of it yet: it starts with this size.
-            ProcessStatus::Created if found.set_first_size(rows, columns) => return Ok(()),
+            // The guest knows nothing of an exec before it has started it.
+            ProcessStatus::Created if process.exec.is_some() => {
+                found.note_size(rows, columns);
+                return Ok(());
+            }
             // A container's first process has its terminal before it runs.
             ProcessStatus::Created | ProcessStatus::Running => {}
         }

@@ -81,6 +81,7 @@ pub(crate) struct Process {
     pub terminal: bool,
     pub paths: StdioPaths,
     pending: Mutex<Option<Pending>>,
+    size: Mutex<Option<(u32, u32)>>,
     relay: Mutex<Option<std::sync::Arc<Relay>>>,
     status: watch::Sender<ProcessStatus>,
     order: tokio::sync::Mutex<()>,
@@ -94,6 +95,7 @@ impl Process {
             terminal: stdio.terminal,
             paths: stdio.paths.clone(),
             pending: Mutex::new(None),
+            size: Mutex::new(None),
             relay: Mutex::new(None),
             status: watch::Sender::new(ProcessStatus::Created),
             order: tokio::sync::Mutex::new(()),
@@ -112,16 +114,14 @@ impl Process {
         self.order.lock().await
     }
 
-    /// Gives the terminal of an exec that is not started its size; false when it is none.
-    pub(crate) fn set_first_size(&self, rows: u32, columns: u32) -> bool {
-        let fit = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-        match lock(&self.pending).as_mut() {
-            Some(pending) => {
-                (pending.stdio.rows, pending.stdio.columns) = (fit(rows), fit(columns));
-                true
-            }
-            None => false,
-        }
+    /// Notes the size of an exec's terminal, which the guest does not know yet.
+    pub(crate) fn note_size(&self, rows: u32, columns: u32) {
+        *lock(&self.size) = Some((rows, columns));
+    }
+
+    /// The size that was noted and not told to the guest.
+    pub(crate) fn take_size(&self) -> Option<(u32, u32)> {
+        lock(&self.size).take()
     }
 
     pub(crate) fn take_pending(&self) -> Option<Pending> {
@@ -200,14 +200,12 @@ mod tests {
     }
 
     #[test]
-    fn a_size_that_comes_before_the_start_is_the_first_one() {
+    fn a_size_is_noted_until_it_is_told() {
         let process = process();
-        assert!(!process.set_first_size(24, 80), "it is no exec");
-        let reference = ProcessRef { container: "c".parse().unwrap(), exec: None };
-        let exec = Process::pending(reference, 1, Vec::new(), Stdio::default());
-        assert!(exec.set_first_size(24, 100_000));
-        let message = exec.take_pending().unwrap().stdio.message();
-        assert_eq!((message.rows, message.columns), (24, 65_535));
+        process.note_size(1, 2);
+        process.note_size(24, 80);
+        assert_eq!(process.take_size(), Some((24, 80)));
+        assert_eq!(process.take_size(), None);
     }
 
     #[test]

@@ -18,6 +18,9 @@ use tokio::sync::{Notify, oneshot};
 /// How long `create` and `exec` wait for the stand-in that their caller has started already.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Packets that a stand-in may send before its process is there.
+const EARLY: usize = 64;
+
 /// Stand-ins that said hello and whose process is not there yet.
 #[derive(Default)]
 pub(crate) struct StandIns {
@@ -91,7 +94,7 @@ impl StandIns {
     }
 
     async fn converse(&self, connection: Connection, sandbox: &Arc<Sandbox>) -> anyhow::Result<()> {
-        let (process, bound) = match self.welcome(&connection).await {
+        let (process, mut bound) = match self.welcome(&connection).await {
             Ok(welcomed) => welcomed,
             Err(error) => {
                 let _ = connection.send(&ToStandIn::Error(format!("{error:#}"))).await;
@@ -99,16 +102,28 @@ impl StandIns {
             }
         };
         connection.send(&ToStandIn::Ready).await?;
-        let created = tokio::select! {
-            created = bound => created.unwrap_or_else(|_| Err("create was given up".to_owned())),
-            _early = connection.receive() => {
-                self.lock().remove(&process);
-                return Ok(());
+        // Engines set a terminal's size, or signal, before the process is there.
+        let mut early = Vec::new();
+        let created = loop {
+            tokio::select! {
+                created = &mut bound => {
+                    break created.unwrap_or_else(|_| Err("create was given up".to_owned()));
+                }
+                packet = connection.receive() => match packet {
+                    Ok(Some((bytes, _))) if early.len() < EARLY => early.push(bytes),
+                    _gone => {
+                        self.lock().remove(&process);
+                        return Ok(());
+                    }
+                },
             }
         };
         if let Err(message) = created {
             connection.send(&ToStandIn::Error(message)).await?;
             return Ok(());
+        }
+        for bytes in early {
+            obey(&bytes, &process, sandbox).await?;
         }
         stand(&connection, &process, sandbox).await
     }
@@ -169,19 +184,25 @@ async fn stand(
             let _ = ended.await;
             break;
         };
-        let done = match serde_json::from_slice(&bytes).context("its packet is not known")? {
-            ToServer::Signal(signal) => sandbox.kill(process, signal.unsigned_abs(), false).await,
-            ToServer::Resize { rows, columns } => {
-                sandbox.resize(process, rows.into(), columns.into()).await
-            }
-        };
-        if let Err(error) = done {
-            tracing::debug!(sandbox = %sandbox.id(), error = %chain(&error), "a stand-in's wish failed");
-        }
+        obey(&bytes, process, sandbox).await?;
     }
     if process.exec.is_some() {
         // The OCI command line has no verb by which a caller could forget an exec.
         sandbox.delete(process).await?;
+    }
+    Ok(())
+}
+
+/// Does what a stand-in's packet says.
+async fn obey(bytes: &[u8], process: &ProcessRef, sandbox: &Arc<Sandbox>) -> anyhow::Result<()> {
+    let done = match serde_json::from_slice(bytes).context("its packet is not known")? {
+        ToServer::Signal(signal) => sandbox.kill(process, signal.unsigned_abs(), false).await,
+        ToServer::Resize { rows, columns } => {
+            sandbox.resize(process, rows.into(), columns.into()).await
+        }
+    };
+    if let Err(error) = done {
+        tracing::debug!(sandbox = %sandbox.id(), error = %chain(&error), "a stand-in's wish failed");
     }
     Ok(())
 }

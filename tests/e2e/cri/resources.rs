@@ -76,7 +76,8 @@ fn exhausted_memory_kills_and_says_so(cri: &Cri) -> Result<()> {
 
 fn container_stats_are_told(cri: &Cri) -> Result<()> {
     let pod = cri.pod()?;
-    let container = pod.run("one", "while :; do :; done")?;
+    let script = "x=$(head -c 3000000 /dev/zero | tr '\\0' x); while :; do :; done";
+    let container = pod.run("one", script)?;
     let stats = |what: &'static str| -> Result<v1::ContainerStats> {
         let request = v1::ContainerStatsRequest { container_id: container.id.clone() };
         let answer = cri.call(what, async |mut c| c.container_stats(request).await)?;
@@ -86,8 +87,10 @@ fn container_stats_are_told(cri: &Cri) -> Result<()> {
         let cpu = stats.cpu.as_ref()?.usage_core_nano_seconds.as_ref()?.value;
         Some((cpu, stats.memory.as_ref()?.working_set_bytes.as_ref()?.value))
     };
-    let (before, memory) = used(&stats("ContainerStats")?).context("incomplete stats")?;
-    ensure!(memory > 0, "no memory is used");
+    let (before, _) = used(&stats("ContainerStats")?).context("incomplete stats")?;
+    command::eventually("its memory is counted", PATIENCE, || {
+        Ok(used(&stats("ContainerStats")?).is_some_and(|(_, memory)| memory > 3_000_000))
+    })?;
     command::eventually("its time goes on", PATIENCE, || {
         Ok(used(&stats("ContainerStats")?).is_some_and(|(after, _)| after > before + 100_000_000))
     })?;

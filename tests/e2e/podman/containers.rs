@@ -77,8 +77,9 @@ fn exec_gives_codes_streams_and_a_terminal(podman: &Podman) -> Result<()> {
     ensure!(output.out() == "70000", "{output}");
     podman.cmd(&format!("exec {name} no-such-command"))?.expect_code(127)?;
     let mut session = Session::start(&mut podman.client(&format!("exec -it {name} sh")), 30, 100)?;
-    session.send("stty size; tty; exit 4\n")?;
-    session.expect("30 100")?;
+    // The size travels on its own; whoever asks at once may be told none.
+    session
+        .send("until [ \"$(stty size 2>&1)\" = '30 100' ]; do sleep 0.1; done; tty; exit 4\n")?;
     session.expect("/dev/pts/")?;
     ensure!(session.finish(PATIENCE)? == 4);
     Ok(())
@@ -87,8 +88,9 @@ fn exec_gives_codes_streams_and_a_terminal(podman: &Podman) -> Result<()> {
 fn run_has_a_terminal_when_asked(podman: &Podman) -> Result<()> {
     let line = format!("run --rm -it {} {IMAGE} sh", podman.parent());
     let mut session = Session::start(&mut podman.client(&line), 24, 80)?;
-    session.send("stty size\n")?;
-    session.expect("24 80")?;
+    session
+        .send("until [ \"$(stty size 2>&1)\" = '24 80' ]; do sleep 0.1; done; echo si''zed\n")?;
+    session.expect("sized")?;
     session.resize(40, 132)?;
     // The size travels on its own; whoever asks at once may be told the old one.
     session.send("while [ \"$(stty size)\" != '40 132' ]; do sleep 0.1; done; echo res''ized\n")?;
@@ -107,7 +109,10 @@ fn bytes_in_and_out_are_all_there(podman: &Podman) -> Result<()> {
 }
 
 fn stop_kill_restart_and_rm(podman: &Podman) -> Result<()> {
-    let polite = podman.detached("", "trap 'exit 9' TERM; while :; do sleep 0.1; done")?;
+    const UP: &str = "while [ ! -e /tmp/up ]; do sleep 0.1; done";
+    let script = "trap 'exit 9' TERM; touch /tmp/up; while :; do sleep 0.1; done";
+    let polite = podman.detached("", script)?;
+    polite.exec(UP)?;
     podman.ok(&format!("stop -t 60 {}", polite.name))?;
     let code = |name: &str| -> Result<i64> {
         Ok(podman.inspect("container", name)?["State"]["ExitCode"].as_i64().unwrap_or(-1))
@@ -120,7 +125,7 @@ fn stop_kill_restart_and_rm(podman: &Podman) -> Result<()> {
     podman.ok(&format!("stop -t 1 {}", deaf.name))?;
     ensure!(code(&deaf.name)? == 137, "{}", code(&deaf.name)?);
     podman.ok(&format!("start {}", deaf.name))?;
-    deaf.exec("while [ ! -e /tmp/up ]; do sleep 0.1; done")?;
+    deaf.exec(UP)?;
     podman.ok(&format!("kill -s USR1 {}", deaf.name))?;
     podman.until(&deaf.name, "exited")?;
     ensure!(code(&deaf.name)? == 12, "{}", code(&deaf.name)?);

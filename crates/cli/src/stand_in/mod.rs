@@ -104,7 +104,7 @@ pub fn main(args: &str) -> i32 {
 }
 
 fn start(args: &str) -> Result<(Packets, SignalFd, bool), StartError> {
-    let args: Args = serde_json::from_str(args)?;
+    let mut args: Args = serde_json::from_str(args)?;
     // From here on no signal is lost: they wait until the server can take them.
     let all = SigSet::all();
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), None).map_err(during("block signals"))?;
@@ -120,6 +120,10 @@ fn start(args: &str) -> Result<(Packets, SignalFd, bool), StartError> {
     if terminal {
         rustix::process::ioctl_tiocsctty(io::stdin())
             .map_err(during("take the terminal as controlling terminal"))?;
+        // From here on we are told of changes; one that came before is seen only so.
+        if let Some((rows, columns)) = window_size(io::stdin().as_fd()) {
+            (args.hello.rows, args.hello.columns) = (rows, columns);
+        }
     }
     let sandbox = args.sandbox.parse().map_err(|_| StartError::Lost)?;
     let server = Packets::connect(&sandbox).map_err(during("connect to the sandbox server"))?;

@@ -7,10 +7,10 @@
 use kata_oci::Spec;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::pivot_root;
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, mkdirat, mknodat, openat2, symlinkat};
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
-    mount_remount, move_mount, open_tree, unmount,
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
+    mount_change, mount_remount, move_mount, open_tree, unmount,
 };
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -66,6 +66,8 @@ impl Root {
             // Files of the container's own choosing may be in the way.
             let _ = volume.mount(&root);
         }
+        // An image may have no /proc: then there is nothing to see there.
+        let _ = show_this_process(&root);
         if self.readonly {
             make_readonly(&root)?;
         }
@@ -86,6 +88,28 @@ impl Volume {
         move_mount(&tree, "", &at, "", both)?;
         if self.readonly { make_readonly(&tree) } else { Ok(()) }
     }
+}
+
+/// In the container's `/proc`, what tells of this process and nothing of the others: `podman top`
+/// looks there.
+fn show_this_process(root: &OwnedFd) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
+    let at = openat2(root, "proc", flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+    let at = PathBuf::from(format!("/proc/self/fd/{}", at.as_raw_fd()));
+    mount("proc", &at, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=555,size=64k")?;
+    // The descriptor is of what lies below.
+    let at = openat2(root, "proc", flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+    let pid = std::process::id().to_string();
+    mkdirat(&at, &pid, Mode::from(0o555))?;
+    symlinkat(&pid, &at, "self")?;
+    for name in ["stat", "uptime"] {
+        mknodat(&at, name, FileType::RegularFile, Mode::from(0o444), 0)?;
+    }
+    for name in [pid.as_str(), "stat", "uptime"] {
+        let tree = clone_tree(&Path::new("/proc").join(name))?;
+        move_mount(&tree, "", &at, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    }
+    Ok(())
 }
 
 fn clone_tree(source: &Path) -> io::Result<OwnedFd> {
@@ -122,6 +146,12 @@ mod tests {
         }
     }
 
+    fn only_this_process_is_shown() -> bool {
+        let names = fs::read_dir("/proc").unwrap().map(|e| e.unwrap().file_name());
+        let numbers = names.filter_map(|name| name.to_str()?.parse::<u32>().ok());
+        numbers.eq([std::process::id()]) && Path::new("/proc/self/cmdline").exists()
+    }
+
     #[test]
     fn entering_shows_the_container_and_not_the_host() {
         if !nix::unistd::geteuid().is_root() {
@@ -131,6 +161,7 @@ mod tests {
         let (rootfs, volume) = (dir.path().join("rootfs"), dir.path().join("volume"));
         fs::create_dir_all(rootfs.join("v")).unwrap();
         fs::create_dir_all(rootfs.join("ro")).unwrap();
+        fs::create_dir_all(rootfs.join("proc")).unwrap();
         fs::create_dir_all(&volume).unwrap();
         fs::write(rootfs.join("here"), "").unwrap();
         // A link that a container made, to have its volume mounted on the host's /.
@@ -149,6 +180,7 @@ mod tests {
                 && fs::write("/made", "").is_ok()
                 && fs::write("/v/made", "").is_ok()
                 && fs::write("/ro/not", "").is_err()
+                && only_this_process_is_shown()
         }));
         assert!(rootfs.join("made").exists() && volume.join("made").exists());
         let readonly = Root { readonly: true, ..root };
