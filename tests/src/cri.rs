@@ -408,6 +408,17 @@ impl Container<'_> {
         Ok(out.trim().to_owned())
     }
 
+    /// Waits until what it has logged on the stream is as it should be: containerd copies it
+    /// while, and a little longer than, the process runs.
+    pub fn expect_logged(&self, stream: &str, is_right: impl Fn(&str) -> bool) -> Result<()> {
+        let mut text = String::new();
+        command::eventually("its output is logged", PATIENCE, || {
+            text = self.logged(stream)?;
+            Ok(is_right(&text))
+        })
+        .with_context(|| format!("logged are {} bytes: {text:.200}", text.len()))
+    }
+
     /// Waits until its log has this text.
     pub fn until_logged(&self, text: &str) -> Result<()> {
         command::eventually(&format!("{} says {text:?}", self.name), PATIENCE, || {

@@ -221,7 +221,11 @@ impl Docker {
     pub fn stop(&mut self) -> Result<()> {
         kill(Pid::from_raw(i32::try_from(self.daemon.id())?), Signal::SIGTERM).ok();
         match command::wait(&mut self.daemon, Duration::from_secs(30))? {
-            Some(_) => Ok(()),
+            Some(_) => {
+                // It leaves its rules, and with them a policy that drops what other bridges carry.
+                let mut policy = Command::new("iptables");
+                command::ok(policy.args(["-w", "-P", "FORWARD", "ACCEPT"])).map(drop)
+            }
             None => bail!("dockerd did not stop:\n{}", self.log_tail()),
         }
     }

@@ -26,7 +26,8 @@ fn exit_codes_and_logs_are_the_processes(cri: &Cri) -> Result<()> {
         let script = format!("echo out; echo err >&2; exit {code}");
         let container = pod.run(&format!("c{code}"), &script)?;
         ensure!(container.wait()? == code);
-        ensure!(container.logged("stdout")? == "out" && container.logged("stderr")? == "err");
+        container.expect_logged("stdout", |text| text == "out")?;
+        container.expect_logged("stderr", |text| text == "err")?;
     }
     Ok(())
 }
@@ -183,11 +184,10 @@ fn long_lines_and_much_output_are_logged(cri: &Cri) -> Result<()> {
     let script = "head -c 50000 /dev/zero | tr '\\0' x; echo; seq 20000; exit 0";
     let container = pod.run("one", script)?;
     ensure!(container.wait()? == 0);
-    let logged = container.logged("stdout")?;
-    let mut lines = logged.lines();
-    ensure!(lines.next().map(str::len) == Some(50_000));
-    ensure!(lines.eq((1..=20_000).map(|n| n.to_string())), "the numbers are not all there");
-    Ok(())
+    container.expect_logged("stdout", |text| {
+        let mut lines = text.lines();
+        lines.next().map(str::len) == Some(50_000) && lines.eq((1..=20_000).map(|n| n.to_string()))
+    })
 }
 
 fn container_can_be_created_and_never_started(cri: &Cri) -> Result<()> {

@@ -78,7 +78,7 @@ fn init_containers_run_one_after_the_other(cri: &Cri) -> Result<()> {
     for code in [0, 3] {
         let init = pod.run(&format!("init{code}"), &format!("echo prepared; exit {code}"))?;
         ensure!(init.wait()? == code);
-        ensure!(init.logged("stdout")? == "prepared");
+        init.expect_logged("stdout", |text| text == "prepared")?;
         let status = init.status()?;
         let reason = if code == 0 { "Completed" } else { "Error" };
         ensure!(status.reason == reason, "{status:?}");
@@ -144,7 +144,7 @@ fn stopped_pod_is_not_ready_and_keeps_its_logs(cri: &Cri) -> Result<()> {
     pod.stop()?;
     ensure!(!pod.is_ready()?);
     ensure!(container.wait()? == 137, "{:?}", container.status()?);
-    ensure!(container.logged("stdout")? == "said");
+    container.expect_logged("stdout", |text| text == "said")?;
     pod.remove(&[&container.id])
 }
 
