@@ -121,7 +121,9 @@ fn start(args: &str) -> Result<(Packets, SignalFd, bool), StartError> {
         rustix::process::ioctl_tiocsctty(io::stdin())
             .map_err(during("take the terminal as controlling terminal"))?;
         // From here on we are told of changes; one that came before is seen only so.
-        if let Some((rows, columns)) = window_size(io::stdin().as_fd()) {
+        // A terminal whose size nobody has set has none to tell.
+        let size = window_size(io::stdin().as_fd()).filter(|size| *size != (0, 0));
+        if let Some((rows, columns)) = size {
             (args.hello.rows, args.hello.columns) = (rows, columns);
         }
     }
