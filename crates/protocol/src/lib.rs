@@ -57,21 +57,8 @@ pub mod limits {
     pub const INTERFACES: usize = 32;
 }
 
-/// Messages and calls generated from `agent.proto`.
-#[allow(
-    missing_docs,
-    clippy::all,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    unused,
-    non_snake_case,
-    non_upper_case_globals
-)]
-pub mod agent {
-    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
-}
+pub use generated::{agent, agent_ttrpc};
 
-/// The ttRPC client and server of `agent.proto`.
 #[allow(
     missing_docs,
     clippy::all,
@@ -81,7 +68,15 @@ pub mod agent {
     non_snake_case,
     non_upper_case_globals
 )]
-pub mod agent_ttrpc {
-    use super::agent;
-    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+mod generated {
+    /// The messages of `agent.proto`.
+    pub mod agent {
+        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+    }
+
+    /// The ttRPC client and server of `agent.proto`.
+    pub mod agent_ttrpc {
+        use super::agent;
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
 }
