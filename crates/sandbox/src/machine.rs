@@ -373,7 +373,13 @@ impl Machine {
             let nic = vm_config::nic(tap, mac);
             let plugged = self.hypervisor.lock().await.plug(Device::Nic(nic)).await;
             if let Err(source) = plugged {
-                return Err(SandboxError::NoRoom { networks: network.take_back(), source });
+                network.take_back();
+                return Err(match source {
+                    HypervisorError::NoPort => {
+                        SandboxError::NoRoom { networks: network.settle_for_less(), source }
+                    }
+                    other => other.into(),
+                });
             }
         }
         Ok(())

@@ -106,13 +106,17 @@ impl Network {
         Ok(plugged)
     }
 
-    /// Takes back the NIC that was added last, for which the machine has no room: none is
-    /// missing from now on. Returns how many there are.
-    pub(crate) fn take_back(&mut self) -> usize {
+    /// Takes back the NIC that was added last and could not be plugged.
+    pub(crate) fn take_back(&mut self) {
         match self.model {
             Model::Macvtap => drop(self.joined.pop()),
             Model::TcFilter | Model::None => drop(self.spare.pop_back()),
         }
+    }
+
+    /// The machine has no room for more NICs than there are: none is missing from now on.
+    /// Returns how many there are.
+    pub(crate) fn settle_for_less(&mut self) -> usize {
         self.full = true;
         self.spare.len() + self.joined.len()
     }
