@@ -5,12 +5,13 @@
 //! when nobody else is connected to it; of one that is dead everything is undone from its
 //! state file. Doing it twice does no harm.
 
+use super::address::Address;
 use super::flags::Flags;
 use super::{sandbox_id, start};
 use crate::client::{Client, ClientError};
+use crate::task;
 use anyhow::Context;
 use containerd_shim_protos::api::{DeleteResponse, ShutdownRequest};
-use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use kata_protocol::Id;
 use kata_sandbox::{LOST, MACHINE_ROLE, PodRole, SandboxDir, cleanup, pid_of};
@@ -38,6 +39,11 @@ pub(crate) fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         .block_on(give_up(&sandbox, &id));
     if !alive {
         cleanup(&dir).with_context(|| format!("cannot undo sandbox {sandbox}"))?;
+        // A `start` that was killed before it wrote down that it listens.
+        let address = Address::of(&flags.address, &flags.namespace, group.as_str(), None);
+        if !address.answers() {
+            address.remove();
+        }
     }
     response(machine).write_to_bytes().context("cannot answer containerd")
 }
@@ -61,15 +67,10 @@ async fn give_up(sandbox: &Id, container: &Id) -> bool {
 }
 
 fn response(machine: i32) -> DeleteResponse {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     DeleteResponse {
-        pid: machine.unsigned_abs(),
+        pid: task::pid(machine),
         exit_status: LOST.into(),
-        exited_at: MessageField::some(Timestamp {
-            seconds: now.as_secs().cast_signed(),
-            nanos: now.subsec_nanos().cast_signed(),
-            ..Timestamp::default()
-        }),
+        exited_at: MessageField::some(task::timestamp(SystemTime::now())),
         ..DeleteResponse::default()
     }
 }

@@ -91,7 +91,7 @@ fn launch_server(
     debug: bool,
 ) -> anyhow::Result<()> {
     let listener = address.listen()?;
-    // Written down as soon as there is where to; until then `delete` knows the path anyway.
+    // Written down as soon as there is where to; until then `delete` finds it by its name.
     let dir = new_dir(sandbox)?;
     let launched = (|| -> anyhow::Result<()> {
         let path = address.path().to_owned();
