@@ -13,6 +13,7 @@ pub mod command;
 pub mod containerd;
 pub mod cri;
 pub mod docker;
+pub mod http;
 pub mod images;
 pub mod leaks;
 pub mod oci;

@@ -1,14 +1,15 @@
 //! Networks by CNI's own plugins.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::TcpStream;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use k8s_cri::v1;
-use kata_e2e::command::{self, PATIENCE, words};
+use kata_e2e::command::{self, words};
 use kata_e2e::cri::{Cri, Pod};
+use kata_e2e::http;
 use kata_e2e::runner::{Skip, Trial};
 use kata_e2e::trials;
 
@@ -101,23 +102,8 @@ pub const NETWORKS: [Network; 7] = [
 pub const SERVE: &str = "exec httpd -f -p 80 -h /var/www";
 const PAGE: &str = "hello from the image";
 
-/// What a web server at this address answers to the host.
-pub fn page(address: &str) -> Result<String> {
-    let mut text = String::new();
-    command::eventually(&format!("{address} answers"), PATIENCE, || {
-        // A connection begun while the host's own address is still tentative never comes about.
-        let mut stream = TcpStream::connect_timeout(&address.parse()?, Duration::from_secs(3))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
-        text.clear();
-        stream.read_to_string(&mut text)?;
-        Ok(!text.is_empty())
-    })?;
-    Ok(text)
-}
-
 fn expect_page(address: &str) -> Result<()> {
-    let page = page(address)?;
+    let page = http::page(address)?;
     ensure!(page.trim_end().ends_with(PAGE), "{page}");
     Ok(())
 }

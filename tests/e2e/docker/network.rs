@@ -1,13 +1,13 @@
 //! Networks as Docker gives them.
 
-use std::io::{Read, Write};
-use std::net::{TcpStream, UdpSocket};
+use std::net::UdpSocket;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kata_e2e::command::{self, PATIENCE};
 use kata_e2e::docker::{Container, Docker};
+use kata_e2e::http;
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
 
@@ -54,19 +54,6 @@ fn network_none_has_loopback_only(docker: &Docker) -> Result<()> {
     Ok(())
 }
 
-fn get(port: &str) -> Result<String> {
-    let mut text = String::new();
-    command::eventually("the published port answers", PATIENCE, || {
-        let mut stream = TcpStream::connect(("127.0.0.1", port.parse()?))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
-        text.clear();
-        stream.read_to_string(&mut text)?;
-        Ok(!text.is_empty())
-    })?;
-    Ok(text)
-}
-
 fn host_port(docker: &Docker, container: &str, port: &str) -> Result<String> {
     let mapped = docker.ok(&format!("port {container} {port}"))?;
     let line = mapped.lines().next().unwrap_or_default();
@@ -75,7 +62,7 @@ fn host_port(docker: &Docker, container: &str, port: &str) -> Result<String> {
 
 fn published_port_answers(docker: &Docker) -> Result<()> {
     let server = docker.detached("-p 80", SERVE)?;
-    let page = get(&host_port(docker, &server.name, "80")?)?;
+    let page = http::page(&format!("127.0.0.1:{}", host_port(docker, &server.name, "80")?))?;
     ensure!(page.ends_with("hello from the image\n"), "{page}");
     Ok(())
 }

@@ -1,12 +1,11 @@
 //! Single containers.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use kata_e2e::command::{self, PATIENCE};
+use kata_e2e::http::page;
 use kata_e2e::images::noise;
 use kata_e2e::podman::{IMAGE, Podman};
 use kata_e2e::pty::Session;
@@ -180,23 +179,9 @@ fn volumes_are_seen_from_both_sides(podman: &Podman) -> Result<()> {
     Ok(())
 }
 
-/// What a web server on this port of the host answers.
-pub fn page(port: u16) -> Result<String> {
-    let mut text = String::new();
-    command::eventually("the published port answers", PATIENCE, || {
-        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
-        text.clear();
-        stream.read_to_string(&mut text)?;
-        Ok(!text.is_empty())
-    })?;
-    Ok(text)
-}
-
 fn published_port_answers(podman: &Podman) -> Result<()> {
     let _server = podman.detached("-p 18080:80", "exec httpd -f -p 80 -h /var/www")?;
-    let seen = page(18080)?;
+    let seen = page("127.0.0.1:18080")?;
     ensure!(seen.ends_with("hello from the image\n"), "{seen}");
     Ok(())
 }

@@ -3,11 +3,10 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
+use kata_e2e::http::page;
 use kata_e2e::podman::Podman;
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
-
-use super::containers::page;
 
 pub fn trials() -> Vec<Trial<Podman>> {
     trials!["pods":
@@ -50,7 +49,7 @@ fn containers_of_a_pod_share_one_machine(podman: &Podman) -> Result<()> {
 fn pod_publishes_its_ports(podman: &Podman) -> Result<()> {
     let pod = podman.pod("-p 18081:80")?;
     podman.in_pod(&pod, "", SERVE)?;
-    let seen = page(18081)?;
+    let seen = page("127.0.0.1:18081")?;
     ensure!(seen.ends_with("hello from the image\n"), "{seen}");
     Ok(())
 }
