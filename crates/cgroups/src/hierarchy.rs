@@ -202,7 +202,8 @@ pub(crate) fn check_path(path: &str) -> Result<PathBuf, CgroupError> {
 }
 
 /// The cgroup of a container, from `linux.cgroupsPath`: as it is, or translated from
-/// systemd's `slice:prefix:name`; `/kata_<id>`, beside which no parent is left, when the specification names none.
+/// systemd's `slice:prefix:name`; `/kata_<id>`, beside which no parent is left, when the
+/// specification names none.
 ///
 /// # Errors
 /// When the path leaves the tree, or names its root.

@@ -193,7 +193,8 @@ pub(crate) static KEYS: &[Key] = &[
     // Known, without effect.
     moot(Hypervisor, "memory_slots", "Memory is not plugged into a running VM yet."),
     moot(Hypervisor, "disable_block_device_use",
-        "A root file system on a block device is shared as a directory, too."),
+        "A root that an engine describes as a disk goes to the guest as one where there is room, else \
+         it is shared."),
     moot(Hypervisor, "rootless", "QEMU always runs as a user of its own where we are root."),
     missing(Agent, "kernel_modules", "The guest's kernel has built in what it needs."),
     moot(Runtime, "enable_debug",
@@ -202,7 +203,7 @@ pub(crate) static KEYS: &[Key] = &[
     moot(Runtime, "sandbox_cgroup_only",
         "All processes of a sandbox are always in the pod's cgroup."),
     moot(Runtime, "static_sandbox_resource_mgmt", "A VM is always sized once, before it starts."),
-    moot(Runtime, "disable_guest_empty_dir", "An `emptyDir` volume is always the host's directory."),
+    moot(Runtime, "disable_guest_empty_dir", "An `emptyDir` volume is the host's directory, or, where it is memory, the guest's memory."),
     moot(Runtime, "vfio_mode", "Host devices are not handed to VMs yet."),
     missing(Runtime, "sandbox_bind_mounts",
         "The guest runs containers only, and these name what they mount."),
