@@ -1,6 +1,6 @@
 //! What of the machine is compared before and after: nothing may be left.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,14 +12,19 @@ use crate::arena::{Arena, cgroup_roots};
 use crate::command;
 
 /// Everything a runtime could leave behind, one line each.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot(BTreeSet<String>);
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// What is not processes.
+    things: BTreeSet<String>,
+    /// Processes by what stays the same when one becomes another program; and as people know
+    /// them.
+    processes: BTreeMap<(i32, u64), String>,
+}
 
 impl Snapshot {
     /// Looks at processes, mounts, interfaces, network namespaces, cgroups and run-time files.
     pub fn take(arena: &Arena) -> Result<Self> {
         let mut seen = BTreeSet::new();
-        processes(&mut seen)?;
         for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             let point = line.split(' ').nth(4).unwrap_or(line);
             seen.insert(format!("mount {point}"));
@@ -37,7 +42,7 @@ impl Snapshot {
                 seen.insert(format!("file {}", entry.path().display()));
             }
         }
-        Ok(Self(seen))
+        Ok(Self { things: seen, processes: processes()? })
     }
 
     /// Fails when the machine does not come back to this state within a few seconds.
@@ -45,7 +50,12 @@ impl Snapshot {
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             let now = Self::take(arena)?;
-            let left: Vec<_> = now.0.difference(&self.0).filter(|line| !harmless(line)).collect();
+            let things = now.things.difference(&self.things).filter(|line| !harmless(line));
+            let new = |(id, line): (&(i32, u64), &String)| {
+                (!self.processes.contains_key(id)).then(|| format!("process {} {line}", id.0))
+            };
+            let left: Vec<String> =
+                things.cloned().chain(now.processes.iter().filter_map(new)).collect();
             if left.is_empty() {
                 return Ok(());
             }
@@ -200,10 +210,16 @@ fn harmless(line: &str) -> bool {
             && !line[7..].trim_start_matches('/').contains("/kata-e2e-"))
 }
 
-fn processes(seen: &mut BTreeSet<String>) -> Result<()> {
-    let lines = command_lines()?;
-    seen.extend(lines.into_iter().map(|(pid, line)| format!("process {pid} {line}")));
-    Ok(())
+fn processes() -> Result<BTreeMap<(i32, u64), String>> {
+    let known = |(pid, line)| Some(((pid, started(pid)?), line));
+    Ok(command_lines()?.into_iter().filter_map(known).collect())
+}
+
+/// When a process was started, in clock ticks since boot; none when it has ended.
+fn started(pid: i32) -> Option<u64> {
+    const FIELDS_BEHIND_THE_NAME: usize = 19;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.split_whitespace().nth(FIELDS_BEHIND_THE_NAME)?.parse().ok()
 }
 
 /// All processes but PID 1 and our own.

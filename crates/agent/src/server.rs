@@ -64,16 +64,14 @@ pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError
         .add_listener(Listener::new(incoming));
     server.start().await.map_err(ServeError::Ttrpc)?;
     match carrier {
-        Carrier::Serial => {
+        Carrier::Serial => loop {
             let port = port().await?;
             tracing::debug!("virtio-serial port is open");
-            loop {
-                let connection = port.connection().await?;
-                tracing::debug!("the host has its end of the port open");
-                let reason = session(&agent, Acceptor::multiplexed(connection), &calls).await;
-                tracing::info!(%reason, "channel closed");
-            }
-        }
+            let connection = port.connection().await?;
+            tracing::debug!("the host has its end of the port open");
+            let reason = session(&agent, Acceptor::multiplexed(connection), &calls).await;
+            tracing::info!(%reason, "channel closed");
+        },
         Carrier::Vsock => {
             let address = VsockAddr::new(VMADDR_CID_ANY, VSOCK_PORT);
             let listener = VsockListener::bind(address).map_err(ServeError::Vsock)?;

@@ -54,8 +54,10 @@ pub enum StorageError {
 /// What a driver's `source` is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
-    /// Handed to the kernel as it is: a tag, or just a name.
+    /// Handed to the kernel as it is.
     Name,
+    /// The tag of a share, which may be being plugged.
+    Tag,
     /// A block device, named by path, serial number or PCI address.
     Device,
     /// A path in the guest, to be bound.
@@ -72,7 +74,7 @@ struct Driver {
 }
 
 const DRIVERS: &[Driver] = &[
-    Driver { name: "virtiofs", source: Source::Name, fstype: "virtiofs", options: "" },
+    Driver { name: "virtiofs", source: Source::Tag, fstype: "virtiofs", options: "" },
     Driver {
         name: "9p",
         source: Source::Name,
@@ -126,7 +128,7 @@ pub async fn mount(storage: &Storage) -> Result<Mounted, StorageError> {
     let target = mount_point(&storage.mount_point)?;
     let source = match driver.source {
         Source::Device => device(&storage.source).await?,
-        Source::Name | Source::Path => storage.source.clone(),
+        Source::Name | Source::Tag | Source::Path => storage.source.clone(),
     };
     let fstype = match (driver.fstype, storage.fstype.as_str()) {
         ("", "") => return Err(StorageError::Type(driver.name, source)),
@@ -143,13 +145,8 @@ pub async fn mount(storage: &Storage) -> Result<Mounted, StorageError> {
     }
     let result = match driver.source {
         Source::Path => bind(&source, &target, &options),
-        _ => rustix::mount::mount(
-            source.as_str(),
-            &target,
-            fstype,
-            options.flags,
-            Some(cstring(&options.data).as_c_str()),
-        ),
+        Source::Tag => share(|| options.mount(&source, &target, fstype)).await,
+        Source::Name | Source::Device => options.mount(&source, &target, fstype),
     };
     let result = result.and_then(|()| match options.propagation {
         Some(propagation) => rustix::mount::mount_change(&target, propagation),
@@ -169,6 +166,16 @@ pub async fn mount(storage: &Storage) -> Result<Mounted, StorageError> {
                 other => other.into(),
             },
         }),
+    }
+}
+
+/// Mounts a share as soon as it is there: without a device of that tag the kernel says that
+/// the argument is invalid.
+async fn share(mount: impl Fn() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    let try_it = || Some(mount()).filter(|done| *done != Err(rustix::io::Errno::INVAL));
+    match uevent::wait_for(DEVICE_TIME, try_it).await {
+        Ok(done) => done,
+        Err(_) => mount(),
     }
 }
 
@@ -222,6 +229,12 @@ impl Options {
     fn new() -> Self {
         let flags = MountFlags::empty();
         Self { flags, recursive: false, propagation: None, data: String::new() }
+    }
+
+    /// Mounts a file system of this type with them.
+    fn mount(&self, source: &str, target: &Path, fstype: &str) -> rustix::io::Result<()> {
+        let data = cstring(&self.data);
+        rustix::mount::mount(source, target, fstype, self.flags, Some(data.as_c_str()))
     }
 
     /// Reads options separated by commas.

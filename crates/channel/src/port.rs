@@ -56,11 +56,12 @@ impl SerialPort {
     }
 
     /// Waits until the host has opened its end, and gives a connection that ends when the
-    /// host closes it.
+    /// host closes it. Whoever opens the port anew for the next one lets the host see that
+    /// this one is forgotten.
     ///
     /// # Errors
     /// When the port cannot be polled.
-    pub async fn connection(&self) -> Result<FdIo, PortError> {
+    pub async fn connection(self) -> Result<FdIo, PortError> {
         self.connected().await.map_err(|error| PortError::Wait(self.path.clone(), error))
     }
 

@@ -8,6 +8,7 @@
 mod calls;
 mod console;
 mod ctl;
+mod factory;
 mod flags;
 mod foreground;
 mod image;
@@ -41,6 +42,7 @@ fn play(invocation: &Invocation) -> i32 {
         Role::StandIn => return stand_in::main(&invocation.args),
         Role::SandboxServer => kata_shim::server::main(&invocation.args),
         Role::Devices => kata_devices::main(&invocation.args),
+        Role::Factory => factory::role(&invocation.args),
         Role::JailExec => return kata_jail::exec::main(&invocation.args),
         Role::KvmSelfTest => return kata_hypervisor::accelerator::self_test_main(),
     };

@@ -173,9 +173,9 @@ impl SandboxConfig {
         if hypervisor.default_memory == 0 {
             hypervisor.default_memory = 2048;
         }
-        if factory.enable_template || factory.vm_cache_number > 0 {
-            (factory.enable_template, factory.vm_cache_number) = (false, 0);
-            let what = "VM templates and caches are not supported yet: each sandbox boots cold";
+        if factory.vm_cache_number > 0 {
+            factory.vm_cache_number = 0;
+            let what = "vm_cache_number: VMs are not kept ready yet; enable_template clones them";
             self.warnings.push(what.to_owned());
         }
         if self.runtime.disable_new_netns

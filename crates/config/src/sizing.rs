@@ -13,6 +13,7 @@
 
 use crate::types::SandboxConfig;
 use kata_oci::Resources;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -25,7 +26,7 @@ const PAGE_TABLES: u64 = 64;
 const MIB: u64 = 1 << 20;
 
 /// What a container or a pod may use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Limits {
     /// Bytes.
     pub memory: Option<u64>,

@@ -186,7 +186,8 @@ pub(crate) static KEYS: &[Key] = &[
         "Seconds the creation of a container may take in the guest."),
 
     key(Factory, "enable_template", "false", Kind::Flag(|c| &mut c.factory.enable_template),
-        "Start VMs from a template. Not done yet: they boot."),
+        "Clone VMs from one that was booted once and saved. The first sandbox of its size boots while \
+         the template is made."),
     key(Factory, "vm_cache_number", "0", Kind::Number(|c| &mut c.factory.vm_cache_number, 0, 1024),
         "VMs to keep ready. Not done yet: they boot."),
 
@@ -208,7 +209,7 @@ pub(crate) static KEYS: &[Key] = &[
     missing(Runtime, "sandbox_bind_mounts",
         "The guest runs containers only, and these name what they mount."),
     missing(Runtime, "experimental", "There are no unstable features."),
-    moot(Factory, "template_path", "VM templates are not done yet."),
+    moot(Factory, "template_path", "Templates are kept in memory, without a name."),
     moot(Factory, "vm_cache_endpoint", "VM caches are not done yet."),
     key(Hypervisor, "confidential_guest", "", Kind::Refused,
         "guests are not encrypted; remove it only if the host may read the guest's memory"),

@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::snapshot::Start;
 use crate::vsock::VsockDevice;
 
 /// The virtual hardware.
@@ -206,6 +207,8 @@ pub struct VmConfig {
     pub share: Option<Share>,
     /// The way to the agent.
     pub channel: ChannelKind,
+    /// How it comes to life.
+    pub start: Start,
     /// Whether the monitor is jailed. Only for finding faults.
     pub jail: bool,
     /// User and group of the jailed monitor.

@@ -16,12 +16,14 @@ mod config;
 mod console;
 mod error;
 mod exit;
+mod fingerprint;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod image;
 pub mod kernel_params;
 mod kvm_test;
 mod qemu;
+mod snapshot;
 pub mod tsc;
 mod vsock;
 
@@ -35,7 +37,8 @@ pub use config::{
 pub use console::Console;
 pub use error::HypervisorError;
 pub use exit::{Exited, VmExit};
-pub use qemu::{Qemu, QmpError, find_firmware};
+pub use qemu::{Parking, Qemu, QmpError, find_firmware};
+pub use snapshot::{CloneMemory, Snapshot, Start};
 pub use vsock::{VHOST_VSOCK, VsockDevice, vsock_available};
 
 /// Something to plug into a running machine.
@@ -65,8 +68,9 @@ pub struct Capabilities {
 /// One virtual machine.
 #[async_trait]
 pub trait Hypervisor: Send {
-    /// Starts the machine. Returns when the monitor's process runs; whether the guest
-    /// comes up shows on the channel, and if it does not, by [`Hypervisor::exited`].
+    /// Starts the machine. Returns when the monitor's process runs, of a clone when it goes on
+    /// where its template stood; whether the guest comes up shows on the channel, and if it
+    /// does not, by [`Hypervisor::exited`].
     ///
     /// # Errors
     /// When the configuration is wrong or the process cannot be started.
@@ -80,6 +84,9 @@ pub trait Hypervisor: Send {
 
     /// Lets the virtual CPUs run again.
     async fn resume(&mut self) -> Result<(), HypervisorError>;
+
+    /// Saves a machine that was started as [`Start::Template`], and ends it.
+    async fn save(&mut self) -> Result<Snapshot, HypervisorError>;
 
     /// Plugs a device. Returns when the monitor has it; the guest notices by itself.
     async fn plug(&mut self, device: Device) -> Result<DeviceId, HypervisorError>;

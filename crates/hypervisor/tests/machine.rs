@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use kata_hypervisor::{
     AcceleratorChoice, ChannelKind, Device, Hypervisor, HypervisorError, KernelKind, Mac, Machine,
-    Nic, Qemu, Share, VmConfig, accelerator,
+    Nic, Qemu, Share, Start, VmConfig, accelerator,
 };
 use kata_jail::Role;
 use kata_jail::role::Invocation;
@@ -81,6 +81,7 @@ fn config(directory: &tempfile::TempDir, what: &str) -> VmConfig {
         hotplug_ports: 1,
         share: None,
         channel: ChannelKind::Serial,
+        start: Start::Boot,
         jail: true,
         uid: 200_000 + NEXT.fetch_add(1, Ordering::Relaxed),
     }

@@ -24,14 +24,22 @@ pub enum Role {
     Devices,
     /// Enters a jail and becomes another program ([`crate::exec`]).
     JailExec,
+    /// Keeps templates of VMs.
+    Factory,
     /// Runs a tiny VM to see whether KVM is any good here.
     KvmSelfTest,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 5] =
-        [Self::SandboxServer, Self::StandIn, Self::Devices, Self::JailExec, Self::KvmSelfTest];
+    pub const ALL: [Self; 6] = [
+        Self::SandboxServer,
+        Self::StandIn,
+        Self::Devices,
+        Self::JailExec,
+        Self::Factory,
+        Self::KvmSelfTest,
+    ];
 
     /// The name in the environment.
     pub const fn as_str(self) -> &'static str {
@@ -40,6 +48,7 @@ impl Role {
             Self::StandIn => "stand-in",
             Self::Devices => "devices",
             Self::JailExec => "jail-exec",
+            Self::Factory => "factory",
             Self::KvmSelfTest => "kvm-self-test",
         }
     }

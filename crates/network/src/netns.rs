@@ -30,6 +30,24 @@ impl Netns {
         Ok(Self { fd, path: path.to_owned(), identity: (stat.st_dev, stat.st_ino) })
     }
 
+    /// A new one, without a name and with nothing in it but a loopback interface.
+    ///
+    /// # Errors
+    /// When the kernel makes none.
+    pub fn create() -> Result<Self, NetworkError> {
+        use rustix::thread::{UnshareFlags, unshare_unsafe};
+        let create = || {
+            // SAFETY: the thread shares no namespace-bound state with others; it ends at once.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
+                .map_err(|e| NetworkError::System("make a network namespace", e.into()))?;
+            Self::open(Path::new("/proc/thread-self/ns/net"))
+        };
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(create);
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
     /// The namespace of a process.
     ///
     /// # Errors

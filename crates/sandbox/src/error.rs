@@ -72,6 +72,8 @@ pub enum SandboxError {
     WrongState { what: &'static str, id: String, state: &'static str },
     #[error("cannot use {0} as a stream: known are a FIFO's path, file://, and binary://")]
     Stream(String),
+    #[error("the factory of templates: {0}")]
+    Factory(String),
     #[error("{0} is not supported")]
     Unsupported(&'static str),
     #[error("cannot {what}")]

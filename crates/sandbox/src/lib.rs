@@ -8,9 +8,11 @@
 //! undoes a sandbox from that file alone. What the guest says is checked in `agent.rs`.
 
 mod agent;
+mod boot;
 mod container;
 mod dir;
 mod error;
+pub mod factory;
 mod forward;
 #[cfg(fuzzing)]
 pub mod fuzzing;
@@ -19,6 +21,7 @@ mod io;
 mod life;
 mod machine;
 mod network;
+pub mod packets;
 mod pod;
 mod process;
 mod sandbox;

@@ -5,23 +5,21 @@
 //! and every call that waits for the guest gives that cause instead of its own.
 
 use crate::agent::{Agent, Guest, Hello, NewContainer};
+use crate::boot::{self, Boot, Started};
 use crate::container::Bundle;
 use crate::network::Network;
 use crate::process::lock;
 use crate::share::Share;
 use crate::stages::Stages;
-use crate::state::{MACHINE_ROLE, Resource, StateFile};
+use crate::state::{MACHINE_ROLE, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
 use kata_channel::HostChannel;
-use kata_config::{Host, Limits, SandboxConfig, Sizing};
 use kata_hypervisor::{Console, Device, DeviceId, Hypervisor, HypervisorError, Qemu};
-use kata_network::{Mac, Netns};
-use kata_oci::Spec;
+use kata_network::Netns;
 use kata_protocol::{Id, StreamHeader, agent as message, chain};
 use kata_storage::Attachment;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -33,18 +31,6 @@ use tokio::task::AbortHandle;
 const CAUSE: Duration = Duration::from_millis(500);
 /// How long a guest may take to write back what it holds before it is ended.
 const SYNC: Duration = Duration::from_secs(2);
-
-/// What a machine is started for.
-pub(crate) struct Boot<'a> {
-    pub sandbox: &'a Id,
-    pub container: &'a Id,
-    pub dir: &'a SandboxDir,
-    pub spec: &'a Spec,
-    /// The host's file behind the container's `/etc/resolv.conf`.
-    pub resolv_conf: Option<&'a Path>,
-    pub netns: Option<Netns>,
-    pub config: Option<&'a Path>,
-}
 
 /// A running machine.
 pub(crate) struct Machine {
@@ -84,21 +70,8 @@ impl Machine {
         state: &Mutex<StateFile>,
     ) -> Result<Self, SandboxError> {
         let stages = Stages::start();
-        let (config, sizing) = configure(&boot)?;
-        let cgroup = join_cgroup(boot.spec, boot.container, state)?;
-        stages.mark("configuration and cgroup");
-
-        let model = vm_config::network_model(&config);
-        let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
-        let nics = network.as_mut().map(Network::first_nics).transpose()?.unwrap_or_default();
-        let (share, device) = Share::start(&config, boot.sandbox, boot.dir)?;
-        if let Some(devices) = share.process() {
-            lock(state).record_process(devices.pid(), "devices process")?;
-        }
-        stages.mark("share started");
-
-        let mut hypervisor =
-            start_vm(&boot, &config, &sizing, device, nics).await.inspect_err(|_| share.end())?;
+        let Started { config, sizing, cgroup, network, share, mut hypervisor } =
+            boot::start(&mut boot, state, &stages).await?;
         let pid = hypervisor.pids().first().copied().unwrap_or_default();
         lock(state).record_process(pid, MACHINE_ROLE)?;
         stages.mark("virtual machine started");
@@ -526,53 +499,6 @@ fn tell(lost: &watch::Sender<Option<String>>, cause: String) {
         known.get_or_insert(cause);
         first
     });
-}
-
-/// Starts the virtual machine; returns while it boots.
-async fn start_vm(
-    boot: &Boot<'_>,
-    config: &SandboxConfig,
-    sizing: &Sizing,
-    share: kata_hypervisor::Share,
-    nics: Vec<(OwnedFd, Mac)>,
-) -> Result<Qemu, SandboxError> {
-    let vm = vm_config::vm_config(config, sizing, boot.sandbox, share, nics)?;
-    let mut hypervisor = Qemu::new(vm);
-    hypervisor.start().await?;
-    Ok(hypervisor)
-}
-
-/// The configuration of this sandbox, and how large its VM is to be.
-fn configure(boot: &Boot<'_>) -> Result<(SandboxConfig, Sizing), SandboxError> {
-    let mut config = kata_config::load(boot.config)?;
-    config.annotate(&boot.spec.annotations)?;
-    for warning in &config.warnings {
-        tracing::warn!(sandbox = %boot.sandbox, "configuration: {warning}");
-    }
-    config.check_files()?;
-    let limits = Limits::of_pod(&boot.spec.annotations)
-        .unwrap_or_else(|| Limits::of_container(boot.spec.linux().resources.as_ref()));
-    let sizing = Sizing::decide(&config, limits, Host::detect());
-    tracing::info!(sandbox = %boot.sandbox, "the virtual machine has {sizing}");
-    Ok((config, sizing))
-}
-
-/// Makes the container's cgroup and moves this process into it, so that all it starts is
-/// counted there. Written down first.
-fn join_cgroup(
-    spec: &Spec,
-    container: &Id,
-    state: &Mutex<StateFile>,
-) -> Result<Cgroup, SandboxError> {
-    let named = spec.linux().cgroups_path.clone();
-    let failed = |source| SandboxError::Cgroup { path: named.clone().unwrap_or_default(), source };
-    let path =
-        kata_cgroups::container_path(named.as_deref(), container.as_str()).map_err(failed)?;
-    let hierarchy = Hierarchy::detect().map_err(failed)?;
-    lock(state).record(Resource::Cgroup { path: path.clone() })?;
-    let cgroup = Cgroup::create(&hierarchy, &path).map_err(failed)?;
-    cgroup.add(std::process::id().cast_signed()).map_err(failed)?;
-    Ok(cgroup)
 }
 
 /// Moves this process to the root of the hierarchies, so that its cgroup can go.

@@ -60,10 +60,14 @@ impl Network {
         Arc::clone(&self.netns)
     }
 
-    /// The NICs that the machine starts with: what the VMM needs for each.
-    pub(crate) fn first_nics(&mut self) -> Result<Vec<(OwnedFd, Mac)>, SandboxError> {
+    /// The NICs that the machine starts with: what the VMM needs for each. A clone's first one
+    /// has the `known` address, that of its template.
+    pub(crate) fn first_nics(
+        &mut self,
+        known: Option<Mac>,
+    ) -> Result<Vec<(OwnedFd, Mac)>, SandboxError> {
         match self.model {
-            Model::TcFilter => Ok(vec![self.add_spare()?]),
+            Model::TcFilter => Ok(vec![self.add_spare(known)?]),
             Model::Macvtap => std::iter::from_fn(|| self.grow().transpose()).collect(),
             Model::None => Ok(Vec::new()),
         }
@@ -82,16 +86,17 @@ impl Network {
         let new = state.links.iter().filter(|link| !self.is_joined(link.index));
         let new: Vec<&Link> = new.collect();
         match self.model {
-            Model::TcFilter if new.len() > self.spare.len() => self.add_spare().map(Some),
+            Model::TcFilter if new.len() > self.spare.len() => self.add_spare(None).map(Some),
             Model::Macvtap => new.first().map(|link| self.add_on(link)).transpose(),
             Model::TcFilter | Model::None => Ok(None),
         }
     }
 
     /// A NIC with a tap that no interface uses yet.
-    fn add_spare(&mut self) -> Result<(OwnedFd, Mac), SandboxError> {
+    fn add_spare(&mut self, known: Option<Mac>) -> Result<(OwnedFd, Mac), SandboxError> {
         let name = self.next_name();
-        let nic = Nic { tap: Tap::create(&self.netns, &name)?, device: new_mac()? };
+        let device = known.map_or_else(new_mac, Ok)?;
+        let nic = Nic { tap: Tap::create(&self.netns, &name)?, device };
         let plugged = nic.plug()?;
         self.spare.push_back(nic);
         Ok(plugged)

@@ -5,10 +5,11 @@
 //! over. What fails on the way undoes what was done before it.
 
 use crate::agent::ProcessRef;
+use crate::boot::Boot;
 use crate::container::{Bundle, Container, hook_state};
 use crate::io::Relay;
 use crate::life::status_word;
-use crate::machine::{Boot, Machine};
+use crate::machine::Machine;
 use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
 use crate::state::{StateFile, remove_cgroup};
 use crate::{PodRole, SandboxDir, SandboxError, forward, hooks};

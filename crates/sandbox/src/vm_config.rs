@@ -3,7 +3,7 @@
 use crate::SandboxError;
 use kata_config::{Accelerator, Channel, Machine, NetworkModel, SandboxConfig, Sizing};
 use kata_hypervisor::{
-    AcceleratorChoice, ChannelKind, KernelKind, Nic, Share, VHOST_VSOCK, VmConfig, VsockDevice,
+    AcceleratorChoice, ChannelKind, KernelKind, Nic, Start, VHOST_VSOCK, VmConfig, VsockDevice,
     accelerator,
 };
 use kata_network::{Mac, Model};
@@ -20,13 +20,12 @@ pub(crate) fn network_model(config: &SandboxConfig) -> Model {
     }
 }
 
-/// The machine to start: the configuration's, of this size, with this share and these NICs.
+/// The machine to start: the configuration's, of this size; without share and NICs so far, and
+/// with the channel that every host has.
 pub(crate) fn vm_config(
     config: &SandboxConfig,
     sizing: &Sizing,
     sandbox: &Id,
-    share: Share,
-    nics: Vec<(OwnedFd, Mac)>,
 ) -> Result<VmConfig, SandboxError> {
     let hypervisor = &config.hypervisor;
     let verdict = accelerator::choose(match hypervisor.accelerator {
@@ -39,13 +38,6 @@ pub(crate) fn vm_config(
         // The second processor costs a third of a second at boot; the agent brings it up later.
         kernel_params.push("maxcpus=1".to_owned());
     }
-    let channel = match vsock(hypervisor.channel, VsockDevice::claim)? {
-        Some(device) => {
-            kernel_params.push("agent.channel=vsock".to_owned());
-            ChannelKind::Vsock(device)
-        }
-        None => ChannelKind::Serial,
-    };
     if config.agent.enable_debug {
         kernel_params.push("agent.log=debug".to_owned());
     }
@@ -71,16 +63,26 @@ pub(crate) fn vm_config(
         memory_mib: sizing.memory_mib,
         vcpus: sizing.vcpus,
         max_vcpus: sizing.max_vcpus,
-        nics: nics.into_iter().map(|(tap, mac)| nic(tap, mac)).collect(),
+        nics: Vec::new(),
         // Under TCG it moves nothing faster.
         vhost_net: verdict.accelerator == kata_hypervisor::Accelerator::Kvm
             && !hypervisor.disable_vhost_net,
         hotplug_ports: HOTPLUG_PORTS,
-        share: Some(share),
-        channel,
+        share: None,
+        channel: ChannelKind::Serial,
+        start: Start::Boot,
         jail: true,
         uid: FIRST_UID + std::process::id(),
     })
+}
+
+/// Reaches the agent of a machine that is to boot by vsock, where that is wanted and there is.
+pub(crate) fn prefer_vsock(vm: &mut VmConfig, wanted: Channel) -> Result<(), SandboxError> {
+    if let Some(device) = vsock(wanted, VsockDevice::claim)? {
+        vm.kernel_params.push("agent.channel=vsock".to_owned());
+        vm.channel = ChannelKind::Vsock(device);
+    }
+    Ok(())
 }
 
 /// Networks that may be connected beside the first.

@@ -1,18 +1,16 @@
 //! The server's end of `attach.sock`: takes the engine's descriptors from stand-ins,
 //! passes their signals on, and tells them how their process ended.
 
-use crate::attach::{HELLO_FDS, Hello, MAX_PACKET, ToServer, ToStandIn};
+use crate::attach::{HELLO_FDS, Hello, ToServer, ToStandIn};
 use anyhow::{Context, bail, ensure};
 use kata_protocol::{Id, chain};
-use kata_sandbox::{EngineStreams, ProcessRef, Sandbox, Stdio, watch_fd};
-use nix::cmsg_space;
-use nix::sys::socket::{self, ControlMessageOwned, MsgFlags};
+use kata_sandbox::packets::{PacketListener, Packets};
+use kata_sandbox::{EngineStreams, ProcessRef, Sandbox, Stdio};
 use std::collections::HashMap;
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 
 /// How long `create` and `exec` wait for the stand-in that their caller has started already.
@@ -47,7 +45,7 @@ impl StandIn {
 impl StandIns {
     /// Takes stand-ins for as long as the server lives.
     pub(crate) async fn serve(self: Arc<Self>, listener: OwnedFd, sandbox: Arc<Sandbox>) {
-        let listener = match nonblocking(listener).and_then(watch_fd) {
+        let listener = match PacketListener::new(listener) {
             Ok(listener) => listener,
             Err(error) => {
                 tracing::error!(sandbox = %sandbox.id(), %error, "cannot listen for stand-ins");
@@ -55,7 +53,7 @@ impl StandIns {
             }
         };
         loop {
-            match accept(&listener).await {
+            match listener.accept().await {
                 Ok(connection) => {
                     let (this, sandbox) = (Arc::clone(&self), Arc::clone(&sandbox));
                     tokio::spawn(async move {
@@ -93,15 +91,15 @@ impl StandIns {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn converse(&self, connection: Connection, sandbox: &Arc<Sandbox>) -> anyhow::Result<()> {
+    async fn converse(&self, connection: Packets, sandbox: &Arc<Sandbox>) -> anyhow::Result<()> {
         let (process, mut bound) = match self.welcome(&connection).await {
             Ok(welcomed) => welcomed,
             Err(error) => {
-                let _ = connection.send(&ToStandIn::Error(format!("{error:#}"))).await;
+                let _ = tell(&connection, &ToStandIn::Error(format!("{error:#}"))).await;
                 return Err(error);
             }
         };
-        connection.send(&ToStandIn::Ready).await?;
+        tell(&connection, &ToStandIn::Ready).await?;
         // Engines set a terminal's size, or signal, before the process is there.
         let mut early = Vec::new();
         let created = loop {
@@ -119,7 +117,7 @@ impl StandIns {
             }
         };
         if let Err(message) = created {
-            connection.send(&ToStandIn::Error(message)).await?;
+            tell(&connection, &ToStandIn::Error(message)).await?;
             return Ok(());
         }
         for bytes in early {
@@ -130,7 +128,7 @@ impl StandIns {
 
     async fn welcome(
         &self,
-        connection: &Connection,
+        connection: &Packets,
     ) -> anyhow::Result<(ProcessRef, oneshot::Receiver<Result<(), String>>)> {
         let (bytes, fds) = connection.receive().await?.context("it left without a word")?;
         let hello: Hello = serde_json::from_slice(&bytes).context("its hello is not JSON")?;
@@ -163,7 +161,7 @@ impl StandIns {
 
 /// From here on the process exists: its signals, its sizes, its end.
 async fn stand(
-    connection: &Connection,
+    connection: &Packets,
     process: &ProcessRef,
     sandbox: &Arc<Sandbox>,
 ) -> anyhow::Result<()> {
@@ -172,7 +170,7 @@ async fn stand(
     loop {
         let packet = tokio::select! {
             exit = &mut ended => {
-                connection.send(&ToStandIn::Exit(exit?.code)).await?;
+                tell(&connection, &ToStandIn::Exit(exit?.code)).await?;
                 break;
             }
             packet = connection.receive() => packet,
@@ -207,68 +205,8 @@ async fn obey(bytes: &[u8], process: &ProcessRef, sandbox: &Arc<Sandbox>) -> any
     Ok(())
 }
 
-/// A connection with packets and descriptors.
-struct Connection(AsyncFd<OwnedFd>);
-
-impl Connection {
-    /// The next packet; none at the end.
-    async fn receive(&self) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
-        loop {
-            let mut ready = self.0.readable().await?;
-            if let Ok(result) = ready.try_io(|fd| receive(fd.as_raw_fd())) {
-                return result;
-            }
-        }
-    }
-
-    async fn send(&self, message: &ToStandIn) -> io::Result<()> {
-        let bytes = serde_json::to_vec(message)?;
-        loop {
-            let mut ready = self.0.writable().await?;
-            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_EOR;
-            let sent = ready.try_io(|fd| Ok(socket::send(fd.as_raw_fd(), &bytes, flags)?));
-            if let Ok(result) = sent {
-                return result.map(|_| ());
-            }
-        }
-    }
-
-    fn peer(&self) -> io::Result<i32> {
-        Ok(socket::getsockopt(&self.0, socket::sockopt::PeerCredentials)?.pid())
-    }
-}
-
-fn receive(fd: RawFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
-    let mut bytes = vec![0; MAX_PACKET];
-    let mut space = cmsg_space!([RawFd; HELLO_FDS]);
-    let mut slices = [IoSliceMut::new(&mut bytes)];
-    let message =
-        socket::recvmsg::<()>(fd, &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    let mut fds = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
-            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    let count = message.bytes;
-    if count == 0 {
-        return Ok(None);
-    }
-    bytes.truncate(count);
-    Ok(Some((bytes, fds)))
-}
-
-async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<Connection> {
-    use rustix::net::SocketFlags;
-    loop {
-        let mut ready = listener.readable().await?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let accepted = ready.try_io(|fd| Ok(rustix::net::accept_with(fd.get_ref(), flags)?));
-        if let Ok(result) = accepted {
-            return Ok(Connection(watch_fd(result?)?));
-        }
-    }
+async fn tell(connection: &Packets, message: &ToStandIn) -> io::Result<()> {
+    connection.send(&serde_json::to_vec(message)?, &[]).await
 }
 
 pub(crate) fn nonblocking(fd: OwnedFd) -> io::Result<OwnedFd> {

@@ -48,11 +48,11 @@ enum Command {
     /// Removes what our parent leaves behind.
     #[command(name = workdir::KEEP, hide = true)]
     Keep,
-    /// Templates of virtual machines (not supported yet).
+    /// Templates that virtual machines are cloned from.
     Factory {
-        /// Its arguments.
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<String>,
+        /// Make them now; show them; forget them.
+        #[arg(value_parser = ["init", "status", "destroy"])]
+        what: String,
     },
 }
 
@@ -199,9 +199,9 @@ pub fn main(words: &[String]) -> u8 {
         Command::Keep => workdir::keep(&workdir::global(ctl.config.as_deref())),
         Command::Check => crate::runtime::kata_check(ctl.config.as_deref()),
         Command::Env { json } => crate::runtime::kata_env(ctl.config.as_deref(), *json),
-        Command::Factory { .. } => Err(anyhow!(
-            "factory is not supported yet: each virtual machine is started for its container"
-        )),
+        Command::Factory { what } => {
+            crate::factory::run(ctl.config.as_deref(), std::slice::from_ref(what))
+        }
     };
     match result {
         Ok(code) => code,

@@ -208,9 +208,7 @@ fn dispatch(verb: &str, call: &Call) -> Result<u8, Failure> {
         "features" => features::features(),
         "kata-check" | "check" => check::check(call),
         "kata-env" | "env" => env::env(call),
-        "factory" => Err(anyhow!(
-            "factory is not supported yet: each virtual machine is started for its container"
-        )),
+        "factory" => crate::factory::run(call.global.config.as_deref(), &call.flags.args),
         "checkpoint" | "restore" => Err(anyhow!(
             "{verb} is not supported: CRIU cannot see the processes inside a virtual machine"
         )),

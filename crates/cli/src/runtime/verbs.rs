@@ -202,7 +202,13 @@ pub static VERBS: &[Verb] = &[
     verb("check", "", "the same as kata-check", &[switch("verbose", "").or("v")], ANY),
     verb("kata-env", "", "print the effective configuration", ENV, ANY),
     verb("env", "", "the same as kata-env", ENV, ANY),
-    unsupported(verb("factory", "", "not supported yet: virtual machine templates", &[], ANY)),
+    verb(
+        "factory",
+        "init|status|destroy",
+        "templates that virtual machines are cloned from",
+        &[],
+        ONE,
+    ),
 ];
 
 static ENV: &[Flag] = &[switch("json", "print JSON instead of TOML")];

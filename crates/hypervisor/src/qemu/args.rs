@@ -27,19 +27,55 @@ pub(crate) struct Paths {
     pub firmware: Option<PathBuf>,
 }
 
-/// Our ends of QEMU's sockets go to QEMU here.
+/// What QEMU inherits beside the devices of its configuration.
 #[derive(Debug)]
-pub(crate) struct Sockets {
+pub(crate) struct Inherited {
+    /// The other ends of our sockets.
     pub qmp: OwnedFd,
     pub console: OwnedFd,
     pub agent: Option<OwnedFd>,
+    pub origin: Origin,
 }
+
+/// Where a machine's memory comes from.
+#[derive(Debug)]
+pub(crate) enum Origin {
+    /// It boots, on memory of its own.
+    Boot,
+    /// It boots, and what it writes goes to this file.
+    Template(OwnedFd),
+    /// It goes on with what is in this file, when it is told the rest.
+    Clone(OwnedFd, MemoryMapping),
+}
+
+/// What becomes of what the guest writes to its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MemoryMapping {
+    /// It goes to the file.
+    Shared,
+    /// It stays in the monitor.
+    Private,
+}
+
+/// A share that is plugged into a clone, once it is there.
+#[derive(Debug)]
+pub(crate) struct LateShare {
+    pub tag: String,
+    pub queue_size: u32,
+}
+
+/// The connection of a share, as the monitor knows it.
+pub(crate) const SHARE_SOCKET: &str = "share";
+/// The port on which the agent speaks, as the monitor knows it.
+pub(crate) const AGENT_PORT: &str = "agent-port";
 
 /// What QEMU is started with.
 #[derive(Debug)]
 pub(crate) struct CommandLine {
     pub args: Vec<OsString>,
     pub fds: Vec<(OwnedFd, RawFd)>,
+    pub late_share: Option<LateShare>,
+    is_clone: bool,
 }
 
 impl CommandLine {
@@ -47,13 +83,15 @@ impl CommandLine {
     pub(crate) fn new(
         config: &mut VmConfig,
         paths: &Paths,
-        sockets: Sockets,
+        inherited: Inherited,
         qemu_major: u32,
     ) -> Self {
-        let mut line = Self { args: Vec::new(), fds: Vec::new() };
-        line.machine(config, qemu_major);
+        let Inherited { qmp, console, agent, origin } = inherited;
+        let is_clone = matches!(origin, Origin::Clone(..));
+        let mut line = Self { args: Vec::new(), fds: Vec::new(), late_share: None, is_clone };
+        line.machine(config, origin, qemu_major);
         line.kernel(config, paths);
-        line.sockets(config, sockets);
+        line.sockets(config, qmp, console, agent);
         let ports = if config.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
         for index in 0..ports {
             line.option("-device", root_port(index));
@@ -67,7 +105,7 @@ impl CommandLine {
         line
     }
 
-    fn machine(&mut self, config: &VmConfig, qemu_major: u32) {
+    fn machine(&mut self, config: &VmConfig, origin: Origin, qemu_major: u32) {
         self.option("-name", format!("sandbox-{}", config.id));
         for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
             self.args.push(flag.into());
@@ -81,12 +119,25 @@ impl CommandLine {
             Machine::Microvm => "microvm,pic=off,pit=off,rtc=on,isa-serial=off",
         }
         .to_owned();
-        let memory = config.memory_mib;
-        if matches!(config.share, Some(Share::VhostUserFs { .. })) {
+        let size = config.memory_mib;
+        let mut file = |file, share| {
+            let file = self.fd(file);
+            Some(format!("file,mem-path=/proc/self/fd/{file},share={share}"))
+        };
+        let backend = match origin {
+            Origin::Template(memory) | Origin::Clone(memory, MemoryMapping::Shared) => {
+                file(memory, "on")
+            }
+            Origin::Clone(memory, MemoryMapping::Private) => file(memory, "off"),
             // The process behind the share reads and writes the guest's memory.
+            Origin::Boot if matches!(config.share, Some(Share::VhostUserFs { .. })) => {
+                Some("memfd,share=on".to_owned())
+            }
+            Origin::Boot => None,
+        };
+        if let Some(backend) = backend {
             machine.push_str(",memory-backend=memory");
-            let backend = format!("memory-backend-memfd,id=memory,size={memory}M,share=on");
-            self.option("-object", backend);
+            self.option("-object", format!("memory-backend-{backend},id=memory,size={size}M"));
         }
         machine.push_str(",dump-guest-core=off");
         push_options(&mut machine, &config.machine_options);
@@ -95,7 +146,7 @@ impl CommandLine {
         let mut cpu = cpu(config.accelerator, qemu_major).to_owned();
         push_options(&mut cpu, &config.cpu_options);
         self.option("-cpu", cpu);
-        self.option("-m", format!("{memory}M"));
+        self.option("-m", format!("{size}M"));
         let vcpus = config.vcpus;
         self.option(
             "-smp",
@@ -111,21 +162,34 @@ impl CommandLine {
         if let Some(firmware) = &paths.firmware {
             self.option("-bios", firmware);
         }
+        if self.is_clone {
+            // The kernel is in the memory. The machine waits for the state of its devices.
+            self.option("-incoming", "defer");
+            self.args.push("-S".into());
+            return;
+        }
         self.option("-kernel", &paths.kernel);
         self.option("-initrd", &paths.initrd);
         self.option("-append", kernel_params::command_line(config));
     }
 
-    fn sockets(&mut self, config: &mut VmConfig, sockets: Sockets) {
+    fn sockets(
+        &mut self,
+        config: &mut VmConfig,
+        qmp: OwnedFd,
+        console: OwnedFd,
+        agent: Option<OwnedFd>,
+    ) {
         let machine = config.machine;
-        self.socket("qmp", sockets.qmp);
+        self.socket("qmp", qmp);
         self.option("-mon", "chardev=qmp,mode=control");
         self.option("-device", virtio(machine, "virtio-serial", "id=serial"));
-        self.socket("console", sockets.console);
+        self.socket("console", console);
         self.option("-device", "virtconsole,chardev=console");
-        if let Some(agent) = sockets.agent {
+        if let Some(agent) = agent {
             self.socket("agent", agent);
-            self.option("-device", format!("virtserialport,chardev=agent,name={SERIAL_PORT}"));
+            let port = format!("virtserialport,id={AGENT_PORT},chardev=agent,name={SERIAL_PORT}");
+            self.option("-device", port);
         }
         if let ChannelKind::Vsock(vsock) = std::mem::take(&mut config.channel) {
             let cid = vsock.cid();
@@ -163,8 +227,14 @@ impl CommandLine {
     fn share(&mut self, machine: Machine, share: Share) {
         match share {
             Share::VhostUserFs { socket, tag, queue_size } => {
-                self.socket("share", socket);
-                let properties = format!("chardev=share,tag={tag},queue-size={queue_size}");
+                self.socket(SHARE_SOCKET, socket);
+                if self.is_clone {
+                    // The state of such a device cannot be saved, so its template had none.
+                    self.late_share = Some(LateShare { tag, queue_size });
+                    return;
+                }
+                let properties =
+                    format!("chardev={SHARE_SOCKET},tag={tag},queue-size={queue_size}");
                 self.option("-device", virtio(machine, "vhost-user-fs", &properties));
             }
             Share::NineP { tag } => {
@@ -258,15 +328,19 @@ mod tests {
     }
 
     /// The command line of this machine, and the numbers of what QEMU inherits.
-    fn line(mut config: VmConfig, qemu_major: u32) -> (Vec<String>, Vec<RawFd>) {
+    fn line(config: VmConfig, qemu_major: u32) -> (Vec<String>, Vec<RawFd>) {
+        line_of(config, Origin::Boot, qemu_major)
+    }
+
+    fn line_of(mut config: VmConfig, origin: Origin, qemu_major: u32) -> (Vec<String>, Vec<RawFd>) {
         let paths = Paths {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             kernel: "/kernel".into(),
             initrd: "/initrd".into(),
             firmware: Some("/firmware".into()),
         };
-        let sockets = Sockets { qmp: null(), console: null(), agent: Some(null()) };
-        let line = CommandLine::new(&mut config, &paths, sockets, qemu_major);
+        let inherited = Inherited { qmp: null(), console: null(), agent: Some(null()), origin };
+        let line = CommandLine::new(&mut config, &paths, inherited, qemu_major);
         let args = line.args.into_iter().map(|arg| arg.into_string().unwrap()).collect();
         (args, line.fds.into_iter().map(|(_, at)| at).collect())
     }
@@ -300,8 +374,24 @@ mod tests {
         config.share =
             Some(Share::VhostUserFs { socket: null(), tag: "tag".to_owned(), queue_size: 1024 });
         let (args, _) = line(config, 7);
-        assert!(args.contains(&"memory-backend-memfd,id=memory,size=2048M,share=on".to_owned()));
+        assert!(args.contains(&"memory-backend-memfd,share=on,id=memory,size=2048M".to_owned()));
         assert!(value(&args, "-machine").contains("memory-backend=memory"));
+    }
+
+    #[test]
+    fn a_clone_differs_from_its_template_only_in_what_it_does_not_load() {
+        let share =
+            Some(Share::VhostUserFs { socket: null(), tag: "t".to_owned(), queue_size: 64 });
+        let (template, _) = line_of(sample_config(), Origin::Template(null()), 7);
+        let config = VmConfig { share, ..sample_config() };
+        let (clone, _) = line_of(config, Origin::Clone(null(), MemoryMapping::Shared), 7);
+        let devices = |args: &[String]| -> Vec<String> {
+            args.windows(2).filter(|w| w[0] == "-device").map(|w| w[1].clone()).collect()
+        };
+        assert_eq!(devices(&template), devices(&clone));
+        assert!(!clone.iter().any(|arg| arg == "-kernel" || arg == "-initrd" || arg == "-append"));
+        assert_eq!(value(&clone, "-incoming"), "defer");
+        assert_eq!(value(&clone, "-object"), value(&template, "-object"));
     }
 
     #[test]

@@ -84,8 +84,9 @@ fn usable(what: &'static str, path: &Path, by_everyone: bool) -> Result<(), Hype
     check().map_err(|source| HypervisorError::File { what, path: path.to_owned(), source })
 }
 
-/// QEMU's jail, and where it sees the files there.
-pub(crate) fn build(config: &VmConfig, host: &Paths) -> (Jail, Paths) {
+/// QEMU's jail, and where it sees the files there. `opens_memory`: the guest's memory is a file
+/// that it inherits.
+pub(crate) fn build(config: &VmConfig, host: &Paths, opens_memory: bool) -> (Jail, Paths) {
     let mut binds: Vec<Bind> =
         SYSTEM.iter().filter(|path| Path::new(path).exists()).map(Bind::same).collect();
     // Under its own path, from which it finds its data.
@@ -133,8 +134,9 @@ pub(crate) fn build(config: &VmConfig, host: &Paths) -> (Jail, Paths) {
         devices,
         nofile: NOFILE,
         network: false,
-        // Its 9p server changes modes by way of /proc/self/fd.
-        proc: !capabilities.is_empty(),
+        // Its 9p server changes modes by way of /proc/self/fd, and by it a monitor opens the
+        // memory that it inherits.
+        proc: !capabilities.is_empty() || opens_memory,
         capabilities,
         // QEMU's own: it knows best what this build of it needs.
         seccomp: None,

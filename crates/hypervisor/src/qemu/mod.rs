@@ -6,6 +6,7 @@
 mod args;
 mod cage;
 mod qmp;
+mod template;
 mod version;
 mod watch;
 
@@ -17,24 +18,27 @@ use async_trait::async_trait;
 use kata_jail::{Child, Launch};
 use serde_json::{Map, json};
 use tokio::net::UnixStream;
+use tokio::sync::broadcast;
 
 pub use cage::find_firmware;
 pub use qmp::QmpError;
 #[cfg(fuzzing)]
 pub(crate) use qmp::fuzz as fuzz_qmp;
+pub use template::Parking;
 
 use crate::config::{Accelerator, ChannelKind, Disk, Machine, Nic, Share, VmConfig};
 use crate::console::Console;
 use crate::error::{HypervisorError, host};
 use crate::exit::{Exited, VmExit};
-use crate::qemu::args::{CommandLine, Sockets, port_name, vhost_net};
+use crate::qemu::args::{CommandLine, Inherited, LateShare, Origin, port_name, vhost_net};
 use crate::qemu::qmp::{
     AddFd, BlockdevAdd, BlockdevDel, Closefd, Command, Cont, DeviceAdd, DeviceDel, Getfd,
     NetdevAddTap,
 };
-use crate::qemu::qmp::{NetdevDel, Qmp, QmpCapabilities, Quit, RemoveFd, Stop};
+use crate::qemu::qmp::{Event, NetdevDel, Qmp, QmpCapabilities, Quit, RemoveFd, Stop};
 use crate::qemu::watch::Watch;
-use crate::{Capabilities, Device, DeviceId, Hypervisor};
+use crate::snapshot::Start;
+use crate::{Capabilities, Device, DeviceId, Hypervisor, Snapshot};
 
 /// How long QEMU may take for a command. It answers within milliseconds; a host under
 /// load may keep it from running for a while.
@@ -60,6 +64,8 @@ pub struct Qemu {
     console: Console,
     watch: Watch,
     running: Option<Running>,
+    /// The memory that a template is to leave.
+    template: Option<OwnedFd>,
 }
 
 /// QEMU's process and what belongs to it.
@@ -87,7 +93,11 @@ struct Plugged {
 #[derive(Clone, Copy, Debug)]
 enum Backend {
     Tap,
-    Disk { fdset: u32 },
+    /// It stays as long as the machine.
+    Share,
+    Disk {
+        fdset: u32,
+    },
 }
 
 impl Running {
@@ -121,6 +131,7 @@ impl Qemu {
             console: Console::default(),
             watch: Watch::new(),
             running: None,
+            template: None,
         }
     }
 
@@ -178,6 +189,37 @@ impl Qemu {
             return Err(HypervisorError::Exited(exit));
         }
         Err(HypervisorError::Monitor { step, source })
+    }
+
+    /// Waits for what follows a command: `of` gives it for the event that brings it.
+    async fn hears<T>(
+        &self,
+        step: &'static str,
+        command: &'static str,
+        deadline: Duration,
+        mut events: broadcast::Receiver<Event>,
+        mut of: impl FnMut(&Event) -> Option<T>,
+    ) -> Result<T, HypervisorError> {
+        let heard = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) => match of(&event) {
+                        Some(found) => return Ok(found),
+                        None => continue,
+                    },
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(_) => return Err(QmpError::Closed(command)),
+                }
+            }
+        };
+        let mut exited = self.exited();
+        let late = QmpError::Deadline { command, deadline };
+        tokio::select! {
+            heard = tokio::time::timeout(deadline, heard) => heard
+                .unwrap_or(Err(late))
+                .map_err(|source| HypervisorError::Monitor { step, source }),
+            exit = exited.wait() => Err(HypervisorError::Exited(exit)),
+        }
     }
 
     async fn plug_nic(&mut self, nic: Nic) -> Result<DeviceId, HypervisorError> {
@@ -282,10 +324,15 @@ impl Qemu {
         made
     }
 
-    /// Spawns QEMU and whatever follows it.
-    fn launch(&mut self, mut config: VmConfig, major: u32) -> Result<(), HypervisorError> {
+    /// Spawns QEMU and whatever follows it. Gives what is to be plugged when it is there.
+    fn launch(
+        &mut self,
+        mut config: VmConfig,
+        origin: Origin,
+        major: u32,
+    ) -> Result<Option<LateShare>, HypervisorError> {
         let on_host = cage::paths(&config)?;
-        let (jail, in_jail) = cage::build(&config, &on_host);
+        let (jail, in_jail) = cage::build(&config, &on_host, !matches!(origin, Origin::Boot));
         let paths = if config.jail { &in_jail } else { &on_host };
 
         let (qmp, qmp_theirs) = pair()?;
@@ -294,10 +341,11 @@ impl Qemu {
             ChannelKind::Serial => pair().map(|(ours, theirs)| (Some(ours), Some(theirs)))?,
             ChannelKind::Vsock(_) => (None, None),
         };
-        let sockets = Sockets { qmp: qmp_theirs, console: console_theirs, agent: agent_theirs };
+        let inherited =
+            Inherited { qmp: qmp_theirs, console: console_theirs, agent: agent_theirs, origin };
         let ports = if self.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
         let vhost_net = config.vhost_net;
-        let line = CommandLine::new(&mut config, paths, sockets, major);
+        let line = CommandLine::new(&mut config, paths, inherited, major);
 
         let (stderr, stderr_theirs) = std::io::pipe().map_err(host("make a pipe"))?;
         let mut launch = Launch::program(&paths.qemu, line.args)
@@ -329,7 +377,7 @@ impl Qemu {
                 is_up.send_replace(true);
             }
         });
-        Ok(())
+        Ok(line.late_share)
     }
 }
 
@@ -371,10 +419,16 @@ fn pair() -> Result<(UnixStream, OwnedFd), HypervisorError> {
 #[async_trait]
 impl Hypervisor for Qemu {
     async fn start(&mut self) -> Result<(), HypervisorError> {
-        let config = self.config.take().ok_or(HypervisorError::State("started already"))?;
+        let mut config = self.config.take().ok_or(HypervisorError::State("started already"))?;
         check(&config)?;
         let major = version::major(&config.qemu).await?;
-        self.launch(config, major)
+        match std::mem::take(&mut config.start) {
+            Start::Boot => self.launch(config, Origin::Boot, major).map(drop),
+            Start::Template => self.start_template(config, major),
+            Start::Clone { snapshot, memory } => {
+                self.start_clone(config, snapshot, memory, major).await
+            }
+        }
     }
 
     async fn stop(&mut self) -> Result<VmExit, HypervisorError> {
@@ -398,6 +452,10 @@ impl Hypervisor for Qemu {
         self.ask("resume the virtual machine", &Cont {}).await.map(drop)
     }
 
+    async fn save(&mut self) -> Result<Snapshot, HypervisorError> {
+        self.save_template().await
+    }
+
     async fn plug(&mut self, device: Device) -> Result<DeviceId, HypervisorError> {
         if self.machine == Machine::Microvm {
             return Err(HypervisorError::Config("nothing can be plugged into a microvm; use q35"));
@@ -417,28 +475,15 @@ impl Hypervisor for Qemu {
         });
         let (port, backend) =
             found.ok_or(HypervisorError::Config("there is no such device to unplug"))?;
-        let mut events = running.qmp.events();
+        let events = running.qmp.events();
         let id = device.0.clone();
         self.ask(STEP, &DeviceDel { id: id.clone() }).await?;
-        let gone = async {
-            loop {
-                match events.recv().await {
-                    Ok(event) if event.name == "DEVICE_DELETED" && event.data["device"] == id => {
-                        return Ok(());
-                    }
-                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(_) => return Err(QmpError::Closed(DeviceDel::NAME)),
-                }
-            }
+        let gone = |event: &Event| {
+            (event.name == "DEVICE_DELETED" && event.data["device"] == id).then_some(())
         };
-        let mut exited = self.exited();
-        let late = QmpError::Deadline { command: DeviceDel::NAME, deadline: UNPLUG };
-        let gone = tokio::select! {
-            gone = tokio::time::timeout(UNPLUG, gone) => gone.unwrap_or(Err(late)),
-            exit = exited.wait() => return Err(HypervisorError::Exited(exit)),
-        };
-        gone.map_err(|source| HypervisorError::Monitor { step: STEP, source })?;
+        self.hears(STEP, DeviceDel::NAME, UNPLUG, events, gone).await?;
         match backend {
+            Backend::Share => {}
             Backend::Tap => drop(self.ask(STEP, &NetdevDel { id }).await?),
             Backend::Disk { fdset } => {
                 self.ask(STEP, &BlockdevDel { node_name: id }).await?;
@@ -505,6 +550,7 @@ pub(crate) fn sample_config() -> VmConfig {
         hotplug_ports: 2,
         share: None,
         channel: ChannelKind::Serial,
+        start: Start::Boot,
         jail: true,
         uid: 1000,
     }

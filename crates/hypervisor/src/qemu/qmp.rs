@@ -92,6 +92,8 @@ commands! {
     QmpCapabilities = "qmp_capabilities" {}
     /// Ends QEMU.
     Quit = "quit" {}
+    /// Asks how it is.
+    QueryStatus = "query-status" {}
     /// Stops the virtual CPUs.
     Stop = "stop" {}
     /// Lets them run.
@@ -108,6 +110,12 @@ commands! {
     BlockdevDel = "blockdev-del" { node_name: String }
     /// Removes the host's end of a network interface.
     NetdevDel = "netdev_del" { id: String }
+    /// Chooses how machines are saved and restored.
+    MigrateSetCapabilities = "migrate-set-capabilities" { capabilities: Value }
+    /// Saves the machine.
+    Migrate = "migrate" { uri: String }
+    /// Restores it.
+    MigrateIncoming = "migrate-incoming" { uri: String }
     /// Asks the guest to let go of a device.
     DeviceDel = "device_del" { id: String }
 }

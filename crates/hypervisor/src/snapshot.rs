@@ -1,0 +1,197 @@
+//! A machine that was saved, and how others come to life from it.
+//!
+//! The guest's memory is a memfd that is sealed once the machine is saved: from then on the
+//! kernel lets nobody change it, not even a monitor that its guest has taken over and that
+//! has it open. So one file serves every clone, and no clone sees anything of another.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{
+    MemfdFlags, SealFlags, SeekFrom, copy_file_range, fcntl_add_seals, fcntl_get_seals,
+    memfd_create, seek,
+};
+use rustix::io::Errno;
+
+/// What must not change any more.
+const SEALS: SealFlags =
+    SealFlags::SEAL.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::WRITE);
+const MIB: u64 = 1 << 20;
+
+/// How a machine comes to life.
+#[derive(Debug, Default)]
+pub enum Start {
+    /// It boots.
+    #[default]
+    Boot,
+    /// It boots, on memory from which [`crate::Hypervisor::save`] makes a [`Snapshot`].
+    Template,
+    /// It goes on where the machine of the snapshot stood. Everything else of the
+    /// configuration must be as that machine's was ([`crate::VmConfig::fingerprint`]), but for
+    /// taps and the share, which is plugged.
+    Clone {
+        /// The saved machine.
+        snapshot: Snapshot,
+        /// Its memory.
+        memory: CloneMemory,
+    },
+}
+
+/// What a clone does with the memory of its snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloneMemory {
+    /// Pages are the snapshot's until the clone writes to them. No other process can share
+    /// such memory, so nothing by vhost-user.
+    Private,
+    /// A copy of all that the snapshot holds, which vhost-user processes can share.
+    Copied,
+}
+
+/// A machine that was saved.
+#[derive(Debug)]
+pub struct Snapshot {
+    memory: OwnedFd,
+    devices: OwnedFd,
+}
+
+impl Snapshot {
+    /// From the descriptors of another process's snapshot.
+    ///
+    /// # Errors
+    /// When one of them can still be changed: then it is none.
+    pub fn from_fds(memory: OwnedFd, devices: OwnedFd) -> io::Result<Self> {
+        for fd in [&memory, &devices] {
+            if !fcntl_get_seals(fd)?.contains(SEALS) {
+                return Err(io::Error::other("a snapshot's file is not sealed"));
+            }
+        }
+        Ok(Self { memory, devices })
+    }
+
+    /// Its memory and the state of its devices, to hand them to another process.
+    pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.memory.as_fd(), self.devices.as_fd()]
+    }
+
+    /// Bytes of the host's memory that it takes.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn bytes(&self) -> io::Result<u64> {
+        let blocks = |fd| rustix::fs::fstat(fd).map(|stat| stat.st_blocks.cast_unsigned() * 512);
+        Ok(blocks(&self.memory)? + blocks(&self.devices)?)
+    }
+
+    /// Seals the memory of a machine that has ended, and keeps its devices' state.
+    pub(crate) fn seal(memory: OwnedFd, state: &[u8]) -> io::Result<Self> {
+        let devices = memfd("kata-template-devices")?;
+        let mut file = File::from(devices);
+        file.write_all(state)?;
+        let snapshot = Self { memory, devices: file.into() };
+        for fd in snapshot.fds() {
+            fcntl_add_seals(fd, SEALS)?;
+        }
+        Ok(snapshot)
+    }
+
+    pub(crate) fn memory(&self) -> BorrowedFd<'_> {
+        self.memory.as_fd()
+    }
+
+    /// What the devices were.
+    pub(crate) fn state(&self) -> io::Result<Vec<u8>> {
+        let file = File::from(self.devices.try_clone()?);
+        let mut state = vec![0; usize::try_from(file.metadata()?.len()).unwrap_or(0)];
+        // At a place: every process that has the snapshot shares the file's position.
+        file.read_exact_at(&mut state, 0)?;
+        Ok(state)
+    }
+}
+
+/// Memory for a guest, all zeros.
+pub(crate) fn guest_memory(mib: u32) -> io::Result<OwnedFd> {
+    let memory = memfd("kata-guest-memory")?;
+    rustix::fs::ftruncate(&memory, u64::from(mib) * MIB)?;
+    Ok(memory)
+}
+
+fn memfd(name: &str) -> io::Result<OwnedFd> {
+    Ok(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?)
+}
+
+/// Copies what `from` holds; what is not there stays a hole.
+pub(crate) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+    let mut at = 0;
+    loop {
+        let start = match seek(from, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        at = seek(from, SeekFrom::Hole(start))?;
+        copy_range(from, to, start, at)?;
+    }
+}
+
+fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
+    let (mut read_at, mut write_at) = (start, start);
+    while read_at < end {
+        let length = usize::try_from(end - read_at).unwrap_or(usize::MAX);
+        let copied = copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), length)?;
+        if copied == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
+/// A snapshot for tests.
+#[cfg(test)]
+pub(crate) fn sample() -> Snapshot {
+    let memory = guest_memory(4).unwrap();
+    let file = File::from(memory.try_clone().unwrap());
+    file.write_all_at(b"first", 0).unwrap();
+    file.write_all_at(b"later", 3 << 20).unwrap();
+    Snapshot::seal(memory, b"devices").unwrap()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_what_was_saved_and_cannot_be_changed() {
+        let snapshot = sample();
+        assert_eq!(snapshot.state().unwrap(), b"devices");
+        let file = File::from(snapshot.memory.try_clone().unwrap());
+        assert!(file.write_all_at(b"x", 0).is_err());
+        assert!(file.set_len(1).is_err());
+        assert!(snapshot.bytes().unwrap() < MIB, "holes take nothing");
+    }
+
+    #[test]
+    fn a_copy_has_the_data_and_the_holes() {
+        let snapshot = sample();
+        let copied = guest_memory(4).unwrap();
+        copy(snapshot.memory(), copied.as_fd()).unwrap();
+        let file = File::from(copied);
+        let mut buffer = [0; 5];
+        file.read_exact_at(&mut buffer, 3 << 20).unwrap();
+        assert_eq!(&buffer, b"later");
+        file.read_exact_at(&mut buffer, 1 << 20).unwrap();
+        assert_eq!(buffer, [0; 5]);
+        assert!(rustix::fs::fstat(&file).unwrap().st_blocks < 64);
+    }
+
+    #[test]
+    fn what_can_still_be_changed_is_no_snapshot() {
+        let open = || guest_memory(1).unwrap();
+        assert!(Snapshot::from_fds(open(), open()).is_err());
+        let [memory, devices] = sample().fds().map(|fd| fd.try_clone_to_owned().unwrap());
+        assert!(Snapshot::from_fds(memory, open()).is_err());
+        let memory = sample().memory;
+        assert_eq!(Snapshot::from_fds(memory, devices).unwrap().state().unwrap(), b"devices");
+    }
+}

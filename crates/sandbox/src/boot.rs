@@ -1,0 +1,165 @@
+//! A machine comes to life: as a clone of a template where there is one, else it boots.
+
+use crate::factory::{self, Recipe};
+use crate::network::Network;
+use crate::process::lock;
+use crate::share::Share;
+use crate::stages::Stages;
+use crate::state::{Resource, StateFile};
+use crate::{SandboxDir, SandboxError, vm_config};
+use kata_cgroups::{Cgroup, Hierarchy};
+use kata_config::{SandboxConfig, Sizing};
+use kata_hypervisor::{Hypervisor, Qemu, Snapshot, Start, VmConfig};
+use kata_network::{Model, Netns};
+use kata_oci::Spec;
+use kata_protocol::{Id, chain};
+use std::path::Path;
+use std::sync::Mutex;
+
+/// What a machine is started for.
+pub(crate) struct Boot<'a> {
+    pub sandbox: &'a Id,
+    pub container: &'a Id,
+    pub dir: &'a SandboxDir,
+    pub spec: &'a Spec,
+    /// The host's file behind the container's `/etc/resolv.conf`.
+    pub resolv_conf: Option<&'a Path>,
+    pub netns: Option<Netns>,
+    pub config: Option<&'a Path>,
+}
+
+/// What was started.
+pub(crate) struct Started {
+    pub config: SandboxConfig,
+    pub sizing: Sizing,
+    pub cgroup: Cgroup,
+    pub network: Option<Network>,
+    pub share: Share,
+    pub hypervisor: Qemu,
+}
+
+/// Starts all processes of a machine. Returns while it boots.
+pub(crate) async fn start(
+    boot: &mut Boot<'_>,
+    state: &Mutex<StateFile>,
+    stages: &Stages,
+) -> Result<Started, SandboxError> {
+    let recipe = Recipe::of(boot.config, boot.spec);
+    let (config, sizing) = recipe.configure(boot.sandbox)?;
+    let cgroup = join_cgroup(boot.spec, boot.container, state)?;
+    stages.mark("configuration and cgroup");
+
+    let model = vm_config::network_model(&config);
+    let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
+    let mut power = Power { boot, config: &config, sizing: &sizing, state, stages };
+    let template = match &network {
+        // A template has one NIC that waits for its network.
+        Some(_) if model == Model::TcFilter => power.template(&recipe).await,
+        _ => None,
+    };
+    let (share, hypervisor) = match template {
+        Some((key, snapshot)) => match power.on(&mut network, Some(snapshot)).await {
+            Ok(started) => started,
+            Err(error) => {
+                tracing::warn!(sandbox = %boot.sandbox, error = %chain(&error),
+                    "the template cannot be used: the machine boots");
+                factory::report_broken(&key).await;
+                if let Some(network) = &mut network {
+                    network.take_back();
+                }
+                power.on(&mut network, None).await?
+            }
+        },
+        None => power.on(&mut network, None).await?,
+    };
+    Ok(Started { config, sizing, cgroup, network, share, hypervisor })
+}
+
+/// What it takes to start a machine.
+struct Power<'a> {
+    boot: &'a Boot<'a>,
+    config: &'a SandboxConfig,
+    sizing: &'a Sizing,
+    state: &'a Mutex<StateFile>,
+    stages: &'a Stages,
+}
+
+impl Power<'_> {
+    /// The template of such a machine, and its key; none while there is none.
+    async fn template(&mut self, recipe: &Recipe) -> Option<(String, Snapshot)> {
+        if !self.config.factory.enable_template {
+            return None;
+        }
+        let found = async {
+            let key = factory::key(&factory::description(self.config, self.sizing)?)?;
+            let snapshot = factory::fetch(&key, recipe).await?;
+            Ok::<_, SandboxError>(snapshot.map(|snapshot| (key, snapshot)))
+        };
+        let found = found.await.unwrap_or_else(|error| {
+            tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
+                "no template is to be had: the machine boots");
+            None
+        });
+        self.stages.mark("template asked for");
+        found
+    }
+
+    /// Starts share and monitor; nothing of them is left when that fails.
+    async fn on(
+        &mut self,
+        network: &mut Option<Network>,
+        snapshot: Option<Snapshot>,
+    ) -> Result<(Share, Qemu), SandboxError> {
+        let Self { boot, config, sizing, .. } = *self;
+        let known = snapshot.is_some().then_some(factory::NIC);
+        let mut vm = match snapshot {
+            Some(snapshot) => {
+                let vm = factory::description(config, sizing)?;
+                let memory = factory::memory_of_clones(config);
+                VmConfig {
+                    start: Start::Clone { snapshot, memory },
+                    id: boot.sandbox.to_string(),
+                    ..vm
+                }
+            }
+            None => {
+                let mut vm = vm_config::vm_config(config, sizing, boot.sandbox)?;
+                vm_config::prefer_vsock(&mut vm, config.hypervisor.channel)?;
+                vm
+            }
+        };
+        let nics = network.as_mut().map(|network| network.first_nics(known));
+        let nics = nics.transpose()?.unwrap_or_default();
+        vm.nics = nics.into_iter().map(|(tap, mac)| vm_config::nic(tap, mac)).collect();
+        let (share, device) = Share::start(config, boot.sandbox, boot.dir)?;
+        if let Some(devices) = share.process() {
+            lock(self.state).record_process(devices.pid(), "devices process")?;
+        }
+        self.stages.mark("share started");
+        vm.share = Some(device);
+        let mut hypervisor = Qemu::new(vm);
+        if let Err(error) = hypervisor.start().await {
+            share.end();
+            return Err(error.into());
+        }
+        Ok((share, hypervisor))
+    }
+}
+
+/// Makes the container's cgroup and moves this process into it, so that all it starts is
+/// counted there. Written down first.
+fn join_cgroup(
+    spec: &Spec,
+    container: &Id,
+    state: &Mutex<StateFile>,
+) -> Result<Cgroup, SandboxError> {
+    let named = spec.linux().cgroups_path.clone();
+    let failed = |source| SandboxError::Cgroup { path: named.clone().unwrap_or_default(), source };
+    let path =
+        kata_cgroups::container_path(named.as_deref(), container.as_str()).map_err(failed)?;
+    let hierarchy = Hierarchy::detect().map_err(failed)?;
+    lock(state).record(Resource::Cgroup { path: path.clone() })?;
+    let cgroup = Cgroup::create(&hierarchy, &path).map_err(failed)?;
+    cgroup.add(std::process::id().cast_signed()).map_err(failed)?;
+    Ok(cgroup)
+}

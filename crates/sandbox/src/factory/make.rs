@@ -1,0 +1,70 @@
+//! A template is made: a machine boots, its agent waits, it is saved.
+
+use super::recipe::{self, Recipe};
+use crate::agent::{Agent, Hello};
+use crate::{SandboxError, vm_config};
+use kata_channel::HostChannel;
+use kata_config::{SandboxConfig, Sizing};
+use kata_hypervisor::{Hypervisor, Qemu, Snapshot, Start, VmConfig};
+use kata_network::{Mac, Netns, Tap};
+use kata_protocol::{Id, StreamHeader};
+use std::time::Duration;
+
+/// The address by which a clone finds the NIC of its template.
+pub(crate) const NIC: Mac = Mac::new([2, 0, 0, 0, 0, 1]);
+
+/// How long a call that failed waits to learn that its machine ended.
+const CAUSE: Duration = Duration::from_millis(500);
+
+/// A template to be.
+pub(super) struct Plan {
+    pub key: String,
+    pub config: SandboxConfig,
+    pub sizing: Sizing,
+}
+
+impl Plan {
+    /// What this recipe makes now.
+    pub(super) fn of(recipe: &Recipe) -> Result<Self, SandboxError> {
+        let name: Id = "factory".parse()?;
+        let (config, sizing) = recipe.configure(&name)?;
+        let key = recipe::key(&recipe::description(&config, &sizing)?)?;
+        Ok(Self { key, config, sizing })
+    }
+
+    /// Makes it.
+    pub(super) async fn make(&self) -> Result<Snapshot, SandboxError> {
+        let description = recipe::description(&self.config, &self.sizing)?;
+        // No frame ever leaves this namespace.
+        let netns = Netns::create()?;
+        let tap = Tap::create(&netns, "katatap0")?;
+        let nics = vec![vm_config::nic(tap.fd, NIC)];
+        let vm = VmConfig { start: Start::Template, nics, ..description };
+        let mut hypervisor = Qemu::new(vm);
+        hypervisor.start().await?;
+        let patience = Duration::from_secs(self.config.agent.dial_timeout.into());
+        meet(&mut hypervisor, patience).await?;
+        Ok(hypervisor.save().await?)
+    }
+}
+
+/// Waits until the guest is up and its agent has answered, and leaves it waiting.
+async fn meet(hypervisor: &mut Qemu, patience: Duration) -> Result<(), SandboxError> {
+    let socket = hypervisor
+        .take_agent_socket()
+        .ok_or(SandboxError::Unsupported("a template without a serial channel"))?;
+    let channel = HostChannel::serial(socket);
+    let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
+    // Nothing of a sandbox: no name, no share. Clock and entropy come again with each clone.
+    let hello = Hello { sandbox: "template".to_owned(), ..Hello::default() };
+    if let Err(error) = agent.connect(hello, patience).await {
+        // The end of the machine is what is behind the end of the call.
+        return match tokio::time::timeout(CAUSE, hypervisor.exited().wait()).await {
+            Ok(exit) => Err(SandboxError::Lost(exit.to_string())),
+            Err(_) => Err(error),
+        };
+    }
+    let parking = hypervisor.parking().await?;
+    drop((agent, channel));
+    Ok(hypervisor.parked(parking).await?)
+}

@@ -1,0 +1,27 @@
+//! Templates: machines that were booted once, saved with the agent waiting, and from which
+//! sandboxes are cloned.
+//!
+//! One *factory* process of the host keeps them, as sealed files in memory that have no name
+//! (`kata_hypervisor::Snapshot`): when it ends, for whatever reason, nothing is left of them.
+//! It is started by the first sandbox that would like a template, and makes it beside that
+//! sandbox, which boots; `kata-ctl factory init` makes it beforehand, `destroy` ends it.
+//!
+//! A template is found by a key over all that matters to it ([`key`]). One whose files were
+//! replaced since is never found, and goes when the next one is made. A factory of another
+//! build of ours is told to end.
+//!
+//! Trust: the factory serves root only (its socket is root's), and hears nothing from any
+//! guest but what booting one takes; a clone cannot change its template (the kernel's seals).
+
+mod client;
+mod make;
+mod recipe;
+mod server;
+mod wire;
+
+pub use client::{destroy, init, status};
+pub(crate) use client::{fetch, report_broken};
+pub(crate) use make::NIC;
+pub(crate) use recipe::{Recipe, description, key, memory_of_clones};
+pub use server::main;
+pub use wire::TemplateStatus;

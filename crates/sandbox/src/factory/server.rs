@@ -1,0 +1,261 @@
+//! The factory process: keeps templates, makes those that are asked for.
+
+use super::make::Plan;
+use super::recipe::Recipe;
+use super::wire::{self, Answer, Ask, Request, TemplateStatus};
+use crate::SandboxError;
+use crate::packets::{PacketListener, Packets};
+use crate::process::lock;
+use kata_hypervisor::Snapshot;
+use kata_protocol::chain;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex};
+use tokio::sync::{Notify, watch};
+
+/// Where the factory finds the socket on which it listens.
+pub(super) const LISTENER_FD: RawFd = 3;
+/// Templates kept at a time; the one that was used least recently goes.
+const MOST: usize = 4;
+
+/// The role `factory`: serves until it is told to end.
+///
+/// # Errors
+/// It cannot listen.
+pub fn main(_args: &str) -> io::Result<()> {
+    // SAFETY: whoever starts this role hands it this descriptor (client::start); this is the
+    // first and only place that takes it.
+    let listener = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
+    // It outlives the sandbox that started it, and is not to be counted there.
+    if let Err(error) = crate::machine::leave_cgroup() {
+        tracing::warn!(error = %chain(&error), "the factory stays in the cgroup of a sandbox");
+    }
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(listener))
+}
+
+async fn serve(listener: OwnedFd) -> io::Result<()> {
+    let listener = PacketListener::new(listener)?;
+    let factory = Arc::new(Factory::default());
+    let build = wire::build()?;
+    loop {
+        let connection = tokio::select! {
+            connection = listener.accept() => connection?,
+            () = factory.over.notified() => return Ok(()),
+        };
+        let (factory, build) = (Arc::clone(&factory), build.clone());
+        tokio::spawn(async move {
+            if let Err(error) = factory.converse(connection, &build).await {
+                tracing::warn!(%error, "a caller was not answered");
+            }
+        });
+    }
+}
+
+#[derive(Default)]
+struct Factory {
+    templates: Mutex<HashMap<String, Template>>,
+    /// One is made at a time.
+    making: tokio::sync::Mutex<()>,
+    over: Notify,
+    clock: Mutex<u64>,
+}
+
+struct Template {
+    recipe: Recipe,
+    memory_mib: u32,
+    vcpus: u32,
+    state: State,
+    /// Told when it is ready, or will never be.
+    settled: watch::Sender<bool>,
+    clones: u64,
+    used: u64,
+}
+
+enum State {
+    Making,
+    Ready(Arc<Snapshot>),
+    /// Why it cannot be made, or is of no use.
+    Failed(String),
+}
+
+impl Factory {
+    async fn converse(self: Arc<Self>, connection: Packets, build: &str) -> io::Result<()> {
+        let Some((bytes, _)) = connection.receive().await? else { return Ok(()) };
+        let request: Request = serde_json::from_slice(&bytes)?;
+        if request.build != build {
+            tracing::info!("another build of this program is in use: the factory ends");
+            self.end();
+            return reply(&connection, Answer::OtherBuild).await;
+        }
+        let answer = match request.ask {
+            Ask::Fetch { key, recipe } => match self.fetch(&key, &recipe) {
+                Ok(Some(snapshot)) => {
+                    let answer = serde_json::to_vec(&Answer::Template)?;
+                    return connection.send(&answer, &snapshot.fds()).await;
+                }
+                Ok(None) => Answer::NotYet,
+                Err(why) => Answer::Failed(why),
+            },
+            Ask::Make { recipe } => match self.made(&recipe).await {
+                Ok(()) => Answer::Done,
+                Err(why) => Answer::Failed(why),
+            },
+            Ask::Broken { key } => {
+                self.settle(&key, State::Failed("a clone of it did not come up".to_owned()));
+                Answer::Done
+            }
+            Ask::Status => Answer::Status(self.status()),
+            Ask::Destroy => {
+                self.end();
+                Answer::Done
+            }
+        };
+        reply(&connection, answer).await
+    }
+
+    /// From here on nobody meets this factory any more.
+    fn end(&self) {
+        let _ = std::fs::remove_file(wire::socket_path());
+        lock(&self.templates).clear();
+        self.over.notify_one();
+    }
+
+    /// The template, if it is ready. One that is not known begins to be made; one that
+    /// failed is told to nobody but who asks for it by `init`.
+    fn fetch(
+        self: &Arc<Self>,
+        key: &str,
+        recipe: &Recipe,
+    ) -> Result<Option<Arc<Snapshot>>, String> {
+        let now = self.tick();
+        if let Some(template) = lock(&self.templates).get_mut(key) {
+            return Ok(match &template.state {
+                State::Ready(snapshot) => {
+                    (template.used, template.clones) = (now, template.clones + 1);
+                    Some(Arc::clone(snapshot))
+                }
+                State::Making | State::Failed(_) => None,
+            });
+        }
+        self.begin(recipe).map_err(|error| chain(&error)).map(|_| None)
+    }
+
+    /// Makes the template, again if it failed before; returns when it is there.
+    async fn made(self: &Arc<Self>, recipe: &Recipe) -> Result<(), String> {
+        let key = Plan::of(recipe).map_err(|error| chain(&error))?.key;
+        let failed = |template: &Template| matches!(template.state, State::Failed(_));
+        let waits = {
+            let mut templates = lock(&self.templates);
+            if templates.get(&key).is_some_and(failed) {
+                templates.remove(&key);
+            }
+            templates.get(&key).map(|template| template.settled.subscribe())
+        };
+        let mut waits = match waits {
+            Some(waits) => waits,
+            None => self.begin(recipe).map_err(|error| chain(&error))?,
+        };
+        let _ = waits.wait_for(|settled| *settled).await;
+        match lock(&self.templates).get(&key).map(|template| &template.state) {
+            Some(State::Ready(_)) => Ok(()),
+            Some(State::Failed(why)) => Err(why.clone()),
+            Some(State::Making) | None => Err("it was given up".to_owned()),
+        }
+    }
+
+    /// Begins to make a template.
+    fn begin(self: &Arc<Self>, recipe: &Recipe) -> Result<watch::Receiver<bool>, SandboxError> {
+        let plan = Plan::of(recipe)?;
+        // Who asked may have seen the configuration before it was changed.
+        if let Some(known) = lock(&self.templates).get(&plan.key) {
+            return Ok(known.settled.subscribe());
+        }
+        self.forget_stale();
+        let (settled, waits) = watch::channel(false);
+        let template = Template {
+            recipe: recipe.clone(),
+            memory_mib: plan.sizing.memory_mib,
+            vcpus: plan.sizing.vcpus,
+            state: State::Making,
+            settled,
+            clones: 0,
+            used: self.tick(),
+        };
+        lock(&self.templates).insert(plan.key.clone(), template);
+        let factory = Arc::clone(self);
+        tokio::spawn(async move {
+            let _in_turn = factory.making.lock().await;
+            let state = match plan.make().await {
+                Ok(snapshot) => {
+                    tracing::info!(template = name(&plan.key), "template made");
+                    State::Ready(Arc::new(snapshot))
+                }
+                Err(error) => {
+                    let why = chain(&error);
+                    tracing::warn!(template = name(&plan.key), why, "cannot make a template");
+                    State::Failed(why)
+                }
+            };
+            factory.settle(&plan.key, state);
+        });
+        Ok(waits)
+    }
+
+    fn settle(&self, key: &str, state: State) {
+        if let Some(template) = lock(&self.templates).get_mut(key) {
+            template.state = state;
+            template.settled.send_replace(true);
+        }
+    }
+
+    /// Drops what nobody could ask for any more, and what was used least recently.
+    fn forget_stale(&self) {
+        let mut templates = lock(&self.templates);
+        templates.retain(|key, template| {
+            let making = matches!(template.state, State::Making);
+            making || Plan::of(&template.recipe).is_ok_and(|plan| plan.key == *key)
+        });
+        while templates.len() >= MOST {
+            let idle = templates.iter().filter(|(_, t)| !matches!(t.state, State::Making));
+            let Some((oldest, _)) = idle.min_by_key(|(_, template)| template.used) else { return };
+            let oldest = oldest.clone();
+            templates.remove(&oldest);
+        }
+    }
+
+    fn tick(&self) -> u64 {
+        let mut clock = lock(&self.clock);
+        *clock += 1;
+        *clock
+    }
+
+    fn status(&self) -> Vec<TemplateStatus> {
+        let templates = lock(&self.templates);
+        let status = |(key, template): (&String, &Template)| TemplateStatus {
+            name: name(key).to_owned(),
+            state: match &template.state {
+                State::Making => "being made".to_owned(),
+                State::Ready(_) => "ready".to_owned(),
+                State::Failed(why) => why.clone(),
+            },
+            memory_mib: template.memory_mib,
+            vcpus: template.vcpus,
+            bytes: match &template.state {
+                State::Ready(snapshot) => snapshot.bytes().unwrap_or(0),
+                State::Making | State::Failed(_) => 0,
+            },
+            clones: template.clones,
+        };
+        templates.iter().map(status).collect()
+    }
+}
+
+async fn reply(connection: &Packets, answer: Answer) -> io::Result<()> {
+    connection.send(&serde_json::to_vec(&answer)?, &[]).await
+}
+
+/// The short name at the beginning of a key.
+fn name(key: &str) -> &str {
+    key.split(' ').next().unwrap_or(key)
+}
