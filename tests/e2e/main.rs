@@ -12,6 +12,7 @@ mod failure;
 mod kvm;
 mod podman;
 mod standalone;
+mod templates;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -102,6 +103,9 @@ impl Suites<'_> {
         let threads = std::mem::replace(&mut self.threads, 1);
         self.one(&named("cri"), runtime, cri::lonely_trials(), |arena| {
             cri::start(arena, runtime, probe)
+        });
+        self.one(&named("templates"), runtime, templates::trials(), |arena| {
+            templates::start(arena, runtime, probe)
         });
         self.one(&named("deploy"), runtime, deploy::trials(), |arena| deploy::start(arena, probe));
         self.threads = threads;

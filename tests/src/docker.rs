@@ -20,10 +20,19 @@ use crate::runner::Skip;
 pub const IMAGE: &str = "busybox";
 
 /// Further runtimes of the daemon: ours, with these configurations.
-const CHOICES: [(&str, &str); 3] = [
+const CHOICES: [(&str, &str); 6] = [
     ("kata-9p", "[hypervisor.qemu]\nshared_fs = \"virtio-9p\"\nmsize_9p = 262144\n"),
     ("kata-macvtap", "[runtime]\ninternetworking_model = \"macvtap\"\n"),
     ("kata-no-network", "[runtime]\ninternetworking_model = \"none\"\n"),
+    ("kata-template", "[factory]\nenable_template = true\n"),
+    (
+        "kata-template-9p",
+        "[hypervisor.qemu]\nshared_fs = \"virtio-9p\"\n[factory]\nenable_template = true\n",
+    ),
+    (
+        "kata-template-microvm",
+        "[hypervisor.qemu]\nmachine_type = \"microvm\"\n[factory]\nenable_template = true\n",
+    ),
 ];
 
 /// A running daemon whose default runtime is the one under test; stopped when dropped.

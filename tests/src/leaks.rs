@@ -114,6 +114,12 @@ pub fn processes_of(id: &str, part: Part) -> Result<Vec<i32>> {
     Ok(found)
 }
 
+/// The living processes that call themselves `title`.
+pub fn processes_named(title: &str) -> Result<Vec<i32>> {
+    let named = |(pid, line): (i32, String)| (line == title).then_some(pid);
+    Ok(command_lines()?.into_iter().filter_map(named).collect())
+}
+
 /// Kills these processes; returns when the first of them was dead.
 pub fn kill_and_wait(pids: &[i32]) -> Result<Instant> {
     use nix::sys::signal::{Signal, kill};
@@ -203,7 +209,10 @@ fn harmless(line: &str) -> bool {
         || line.starts_with("file /run/containerd/runc/")
         || matches!(
             line,
-            "file /run/kata-containers/host.json" | "file /run/kata-containers/qemu.json"
+            "file /run/kata-containers/host.json"
+                | "file /run/kata-containers/qemu.json"
+                | "file /run/kata-containers/.factory.lock"
+                | "file /run/kata-containers/.factory.log"
         )
         || line.starts_with("mount /run/docker/netns")
         || (line.starts_with("cgroup ")

@@ -142,6 +142,9 @@ impl Power<'_> {
             share.end();
             return Err(error.into());
         }
+        for (stage, at) in hypervisor.milestones() {
+            self.stages.mark_at(stage, *at);
+        }
         Ok((share, hypervisor))
     }
 }

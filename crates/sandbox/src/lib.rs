@@ -26,7 +26,7 @@ mod pod;
 mod process;
 mod sandbox;
 mod share;
-mod stages;
+pub mod stages;
 mod state;
 mod vm_config;
 

@@ -170,7 +170,7 @@ async fn stand(
     loop {
         let packet = tokio::select! {
             exit = &mut ended => {
-                tell(&connection, &ToStandIn::Exit(exit?.code)).await?;
+                tell(connection, &ToStandIn::Exit(exit?.code)).await?;
                 break;
             }
             packet = connection.receive() => packet,

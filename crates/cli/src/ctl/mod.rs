@@ -8,6 +8,7 @@ mod datagrams;
 mod forward;
 mod network;
 mod run;
+mod trace;
 mod users;
 mod workdir;
 
@@ -48,6 +49,14 @@ enum Command {
     /// Removes what our parent leaves behind.
     #[command(name = workdir::KEEP, hide = true)]
     Keep,
+    /// Show where the time of a sandbox's start went.
+    Trace {
+        /// OpenTelemetry spans (OTLP, JSON) instead of a table.
+        #[arg(long)]
+        otlp: bool,
+        /// The sandbox: its id, or how that begins.
+        sandbox: String,
+    },
     /// Templates that virtual machines are cloned from.
     Factory {
         /// Make them now; show them; forget them.
@@ -199,6 +208,7 @@ pub fn main(words: &[String]) -> u8 {
         Command::Keep => workdir::keep(&workdir::global(ctl.config.as_deref())),
         Command::Check => crate::runtime::kata_check(ctl.config.as_deref()),
         Command::Env { json } => crate::runtime::kata_env(ctl.config.as_deref(), *json),
+        Command::Trace { otlp, sandbox } => trace::trace(sandbox, *otlp),
         Command::Factory { what } => {
             crate::factory::run(ctl.config.as_deref(), std::slice::from_ref(what))
         }

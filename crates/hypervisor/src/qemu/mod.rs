@@ -12,7 +12,7 @@ mod watch;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use kata_jail::{Child, Launch};
@@ -66,6 +66,7 @@ pub struct Qemu {
     running: Option<Running>,
     /// The memory that a template is to leave.
     template: Option<OwnedFd>,
+    milestones: Vec<(&'static str, Instant)>,
 }
 
 /// QEMU's process and what belongs to it.
@@ -132,7 +133,17 @@ impl Qemu {
             watch: Watch::new(),
             running: None,
             template: None,
+            milestones: Vec::new(),
         }
+    }
+
+    /// What was done on the way to here, and when, for who wants to know where time goes.
+    pub fn milestones(&self) -> &[(&'static str, Instant)] {
+        &self.milestones
+    }
+
+    fn reached(&mut self, milestone: &'static str) {
+        self.milestones.push((milestone, Instant::now()));
     }
 
     /// The pid of QEMU, once it is started; else 0.

@@ -120,14 +120,19 @@ impl Qemu {
         };
         let state = snapshot.state().map_err(host("read the saved devices"))?;
         let share = self.launch(config, origin, major)?;
+        self.reached("monitor started");
         self.up().await?;
+        self.reached("monitor answers");
         if let Some(copied) = copied {
             let copied = copied.await.map_err(host("copy the template's memory"))?;
             copied.map_err(host("copy the template's memory"))?;
+            self.reached("memory copied");
         }
         self.restore(state).await?;
+        self.reached("devices restored");
         if let Some(share) = share {
             self.plug_share(share).await?;
+            self.reached("share plugged");
         }
         self.resume().await
     }
