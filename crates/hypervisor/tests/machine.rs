@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use kata_hypervisor::{
     AcceleratorChoice, ChannelKind, Device, Hypervisor, HypervisorError, KernelKind, Mac, Machine,
-    Nic, Qemu, Share, VmConfig, accelerator,
+    Nic, Qemu, Share, Size, VmConfig, accelerator,
 };
 use kata_jail::Role;
 use kata_jail::role::Invocation;
@@ -74,6 +74,8 @@ fn config(directory: &tempfile::TempDir, what: &str) -> VmConfig {
         accelerator: verdict.accelerator,
         tsc_khz: verdict.tsc_khz,
         memory_mib: 256,
+        max_memory_mib: 1024,
+        memory_slots: 2,
         vcpus: 1,
         max_vcpus: 1,
         nics: Vec::new(),
@@ -346,4 +348,18 @@ fn the_self_test_gives_its_verdict_in_time() {
     let start = Instant::now();
     assert_eq!(accelerator::choose_kept_at(AcceleratorChoice::Auto, &cache), verdict);
     assert!(start.elapsed() < Duration::from_millis(20), "the kept verdict was not used");
+}
+
+#[tokio::test]
+async fn a_running_machine_gets_more_memory_until_its_slots_are_full() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut vm = started(config(&directory, "grow")).await;
+    says(&vm, "memory is counted").await;
+    let sized = |memory_mib| Size { memory_mib, vcpus: 1 };
+    for (wanted, has) in [(200, 256), (300, 384), (1000, 1024), (5000, 1024)] {
+        vm.resize(Size { memory_mib: wanted, vcpus: 4 }).await.unwrap();
+        assert_eq!(vm.size(), sized(has));
+    }
+    says(&vm, "768 MiB more").await;
+    vm.stop().await.unwrap();
 }

@@ -21,6 +21,7 @@ mod machine;
 mod network;
 mod pod;
 mod process;
+mod resize;
 mod sandbox;
 mod share;
 mod stages;
