@@ -20,7 +20,8 @@ pub fn is_expected() -> bool {
 pub fn trials() -> Vec<Trial<Docker>> {
     trials!["machine":
         Kata: self_test_finds_kvm, monitor_uses_kvm_vsock_and_vhost_net,
-            guest_has_the_hosts_processor, clock_is_kvms_and_right;
+            guest_has_the_hosts_processor, clock_is_kvms_and_right,
+            machine_grows_with_an_update;
     ]
 }
 
@@ -75,6 +76,33 @@ fn clock_is_kvms_and_right(docker: &Docker) -> Result<()> {
     ensure!(source == "kvm-clock" || source == "tsc", "the clock is {source}");
     let guest: u64 = guest.trim().parse()?;
     ensure!((before - 1..=after + 1).contains(&guest), "{guest} is not in {before} to {after}");
+    Ok(())
+}
+
+/// Processors and memory are added while it runs, and vhost's users of the memory follow.
+fn machine_grows_with_an_update(docker: &Docker) -> Result<()> {
+    let container =
+        docker.sleeper("--cpus 1 --memory 256m --memory-swap 256m --tmpfs /big:size=400m")?;
+    let sized = || -> Result<(u64, u64)> {
+        let seen = container.exec("nproc; cat /proc/meminfo")?;
+        let mut words = seen.split_whitespace();
+        let cpus = words.next().context("nproc")?.parse()?;
+        Ok((cpus, words.nth(1).context("MemTotal")?.parse::<u64>()? / 1024))
+    };
+    let before = sized()?;
+    docker.ok(&format!("update --cpus 2 --memory 640m --memory-swap 640m {}", container.name))?;
+    let after = sized()?;
+    ensure!((before.0, after.0) == (1, 2), "{} CPUs, then {}", before.0, after.0);
+    let grown = after.1 - before.1;
+    ensure!((350..=550).contains(&grown), "{} MiB, and {grown} more", before.1);
+    // Both processors work, and what is beyond the first memory is sent by vsock and by the share.
+    container.exec(
+        "taskset -p 2 $$ >/dev/null && dd if=/dev/zero of=/big/zeros bs=1M count=300 2>/dev/null",
+    )?;
+    let copy = "dd if=/dev/urandom of=/big/data bs=1M count=4 2>/dev/null && cp /big/data /data";
+    let guest = container.exec(&format!("{copy} && md5sum < /big/data && md5sum < /data"))?;
+    let sums: Vec<_> = guest.lines().collect();
+    ensure!(sums.len() == 2 && sums[0] == sums[1], "{guest}");
     Ok(())
 }
 

@@ -34,7 +34,7 @@ pub fn adopt(request: &ConnectRequest) -> Result<(), AgentError> {
             .map_err(|e| AgentError::System("set the host name", e.into()))?;
     }
     if request.online_cpus > 1 {
-        let count = request.online_cpus.min(CPUS);
+        let count = request.online_cpus;
         // Each takes a fifth of a second where the processor is emulated.
         std::thread::spawn(move || online_cpus(count));
     }
@@ -69,8 +69,9 @@ fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn online_cpus(count: u32) {
-    for cpu in 1..count {
+/// Brings processors online until `count` are, as far as they are there.
+pub fn online_cpus(count: u32) {
+    for cpu in 1..count.min(CPUS) {
         let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
         if fs::read_to_string(&path).is_ok_and(|text| text.trim_end() == "0")
             && let Err(error) = fs::write(&path, "1")

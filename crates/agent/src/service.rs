@@ -7,9 +7,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kata_protocol::agent::{
     self, ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, Empty, Event,
-    ExecRequest, ListProcessesResponse, Network, OomEvent, ProcessId, ProcessInfo, ProcessStarted,
-    ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse, UpdateRequest,
-    WaitResponse,
+    ExecRequest, ListProcessesResponse, Network, OnlineCpusRequest, OomEvent, ProcessId,
+    ProcessInfo, ProcessStarted, ResizeTerminalRequest, SignalRequest, StartContainerRequest,
+    StatsResponse, UpdateRequest, WaitResponse,
 };
 use kata_protocol::{Id, VERSION};
 use tokio::sync::mpsc;
@@ -322,6 +322,14 @@ impl kata_protocol::agent_ttrpc::Agent for Service {
 
     async fn next_event(&self, _: Context<'_>, _: Empty) -> ttrpc::Result<Event> {
         Ok(self.0.next_event().await?)
+    }
+
+    async fn online_cpus(&self, _: Context<'_>, r: OnlineCpusRequest) -> ttrpc::Result<Empty> {
+        if self.0.role == Role::Guest {
+            let online = tokio::task::spawn_blocking(move || machine::online_cpus(r.count));
+            online.await.map_err(|_| AgentError::GivenUp)?;
+        }
+        Ok(Empty::default())
     }
 
     async fn sync(&self, _: Context<'_>, _: Empty) -> ttrpc::Result<Empty> {

@@ -71,6 +71,9 @@ as they are: keys that mean nothing here are accepted (see the end), unknown one
   CPU limit never makes a VM smaller.
 
 Both are capped by `default_maxmemory` and `default_maxvcpus`, and by what the host has.
+
+Limits that rise later (`docker update`), or come with a pod's further containers, make the VM grow
+by the same rule: memory in steps of 128 MiB, vCPUs under KVM only. A VM never shrinks.
 ";
 
 const ANNOTATIONS_HEAD: &str = "

@@ -1,6 +1,6 @@
 //! How large a sandbox's VM is.
 //!
-//! It is decided once, before the VM starts:
+//! It is decided before the VM starts:
 //! * **Memory**: without a limit, `default_memory`. With one, the limit plus what the guest
 //!   itself needs ([`OVERHEAD_MIB`] and a 64th of the limit, for the kernel's page tables of
 //!   its memory), at least [`LEAST_MIB`]. A pod gets at least `default_memory` even so: the
@@ -10,6 +10,9 @@
 //!   nothing.
 //!
 //! Both are capped by `default_maxmemory` and `default_maxvcpus`, and by what the host has.
+//!
+//! Limits that rise later, or come with a pod's further containers, make the VM grow by the
+//! same rule ([`Sizing::for_containers`]); it never shrinks.
 
 use crate::types::SandboxConfig;
 use kata_oci::Resources;
@@ -106,6 +109,8 @@ impl Host {
 pub struct Sizing {
     /// Memory, MiB; even, so that it divides into pages of any size we use.
     pub memory_mib: u32,
+    /// Memory it may ever have, MiB.
+    pub max_memory_mib: u32,
     /// vCPUs.
     pub vcpus: u32,
     /// vCPUs it may ever have.
@@ -126,7 +131,8 @@ impl fmt::Display for Sizing {
 impl Sizing {
     /// Decides; see the rule at the top of this module.
     pub fn decide(config: &SandboxConfig, limits: Limits, host: Host) -> Self {
-        let (memory_mib, memory_reason) = memory(config, limits, host);
+        let max_memory_mib = most_memory(config, host);
+        let (memory_mib, memory_reason) = memory(config, limits, max_memory_mib);
         let hypervisor = &config.hypervisor;
         let host_cpus = host.cpus.max(1);
         let max_vcpus = match hypervisor.default_maxvcpus {
@@ -134,25 +140,53 @@ impl Sizing {
             most => most.min(host_cpus),
         };
         let default = u32::try_from(hypervisor.default_vcpus).map_or(host_cpus, |n| n.max(1));
-        let asked = limits.millicpus.map(|m| u32::try_from(m.div_ceil(1000)).unwrap_or(u32::MAX));
+        let asked = limits.millicpus.map(whole_cpus);
         let (vcpus, reason) = match asked {
             Some(asked) if asked > default => (asked, "CPU limit, rounded up"),
             _ => (default, "default_vcpus"),
         };
         let (vcpus, vcpus_reason) =
             if vcpus > max_vcpus { (max_vcpus, "most that is allowed") } else { (vcpus, reason) };
-        Self { memory_mib, vcpus, max_vcpus, memory_reason, vcpus_reason }
+        Self { memory_mib, max_memory_mib, vcpus, max_vcpus, memory_reason, vcpus_reason }
+    }
+
+    /// What containers of these limits need together, in MiB and vCPUs; what has no limit
+    /// needs nothing of its own. Not capped.
+    pub fn for_containers(limits: &[Limits]) -> (u32, u32) {
+        let sum = |part: fn(&Limits) -> Option<u64>| {
+            limits.iter().filter_map(part).reduce(u64::saturating_add)
+        };
+        let memory = sum(|limits| limits.memory).map_or(0, |bytes| {
+            u32::try_from(with_overhead(bytes).next_multiple_of(2)).unwrap_or(u32::MAX)
+        });
+        (memory, sum(|limits| limits.millicpus).map_or(0, whole_cpus))
     }
 }
 
-fn memory(config: &SandboxConfig, limits: Limits, host: Host) -> (u32, &'static str) {
+fn whole_cpus(millicpus: u64) -> u32 {
+    u32::try_from(millicpus.div_ceil(1000)).unwrap_or(u32::MAX)
+}
+
+/// MiB for a limit of so many bytes.
+fn with_overhead(bytes: u64) -> u64 {
+    let limit = bytes.div_ceil(MIB);
+    limit.saturating_add(OVERHEAD_MIB).saturating_add(limit.div_ceil(PAGE_TABLES))
+}
+
+fn most_memory(config: &SandboxConfig, host: Host) -> u32 {
+    let host = if host.memory_mib == 0 { u32::MAX } else { host.memory_mib };
+    match config.hypervisor.default_maxmemory {
+        0 => host,
+        most => most.min(host),
+    }
+}
+
+fn memory(config: &SandboxConfig, limits: Limits, most: u32) -> (u32, &'static str) {
     let default = u64::from(config.hypervisor.default_memory);
     let (wanted, reason) = match limits.memory {
         None => (default, "default_memory"),
         Some(bytes) => {
-            let limit = bytes.div_ceil(MIB);
-            let with_overhead =
-                limit.saturating_add(OVERHEAD_MIB).saturating_add(limit.div_ceil(PAGE_TABLES));
+            let with_overhead = with_overhead(bytes);
             if limits.pod && default > with_overhead {
                 (default, "default_memory, which is more than the pod's limit needs")
             } else {
@@ -160,11 +194,7 @@ fn memory(config: &SandboxConfig, limits: Limits, host: Host) -> (u32, &'static 
             }
         }
     };
-    let host = if host.memory_mib == 0 { u32::MAX } else { host.memory_mib };
-    let most = u64::from(match config.hypervisor.default_maxmemory {
-        0 => host,
-        most => most.min(host),
-    });
+    let most = u64::from(most);
     // Rounded up before the cap, and down after it.
     let wanted = wanted.next_multiple_of(2);
     let (mib, reason) =

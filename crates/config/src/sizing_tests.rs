@@ -44,6 +44,23 @@ fn a_cpu_limit_alone_never_makes_a_tiny_vm() {
 }
 
 #[test]
+fn containers_need_together_what_one_of_all_their_limits_would() {
+    let one = |memory: u64, millicpus: Option<u64>| Limits {
+        memory: Some(memory << 20),
+        millicpus,
+        pod: false,
+    };
+    let free = Limits::default();
+    assert_eq!(Sizing::for_containers(&[]), (0, 0));
+    assert_eq!(Sizing::for_containers(&[free, free]), (0, 0));
+    let both = [one(1024, Some(500)), free, one(1024, Some(700))];
+    assert_eq!(Sizing::for_containers(&both), (2048 + 128 + 32, 2));
+    assert_eq!(Sizing::for_containers(&both).0, size(one(2048, None)).0);
+    let endless = one(u64::MAX >> 20, Some(u64::MAX));
+    assert_eq!(Sizing::for_containers(&[endless, endless]), (u32::MAX, u32::MAX));
+}
+
+#[test]
 fn host_and_configuration_cap_both() {
     let big = Limits { memory: Some(1 << 40), millicpus: Some(64_000), pod: false };
     assert_eq!(size(big), (16384, 4));

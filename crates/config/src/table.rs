@@ -110,6 +110,9 @@ pub(crate) static KEYS: &[Key] = &[
     hypervisor("default_maxmemory", "0",
         Kind::Special(MEMORY, |c, value| memory(&mut c.hypervisor.default_maxmemory, value)),
         "Most memory, in MiB, of any sandbox. 0: as much as the host has."),
+    hypervisor("memory_slots", "10", Kind::Number(|c| &mut c.hypervisor.memory_slots, 0, 256),
+        "How many times memory can be added to a running VM, which is done when limits rise. \
+         0: never."),
     hypervisor("channel", "\"auto\"", choice!(Channel, hypervisor.channel),
         "What carries the agent's channel: vsock, or a virtio-serial port. `auto`: vsock where \
          the host has /dev/vhost-vsock."),
@@ -181,6 +184,9 @@ pub(crate) static KEYS: &[Key] = &[
     key(Runtime, "disable_guest_seccomp", "false",
         Kind::Flag(|c| &mut c.runtime.disable_guest_seccomp),
         "Leave the containers' seccomp profiles out in the guest."),
+    key(Runtime, "static_sandbox_resource_mgmt", "false",
+        Kind::Flag(|c| &mut c.runtime.static_sandbox_resource_mgmt),
+        "A VM keeps the size that it starts with, also when limits rise."),
     key(Runtime, "create_container_timeout", "60",
         Kind::Number(|c| &mut c.runtime.create_container_timeout, 1, 86_400),
         "Seconds the creation of a container may take in the guest."),
@@ -192,7 +198,6 @@ pub(crate) static KEYS: &[Key] = &[
         "VMs to keep ready. Not done yet: they boot."),
 
     // Known, without effect.
-    moot(Hypervisor, "memory_slots", "Memory is not plugged into a running VM yet."),
     moot(Hypervisor, "disable_block_device_use",
         "A root that an engine describes as a disk goes to the guest as one where there is room, else \
          it is shared."),
@@ -203,7 +208,6 @@ pub(crate) static KEYS: &[Key] = &[
          sandbox's server."),
     moot(Runtime, "sandbox_cgroup_only",
         "All processes of a sandbox are always in the pod's cgroup."),
-    moot(Runtime, "static_sandbox_resource_mgmt", "A VM is always sized once, before it starts."),
     moot(Runtime, "disable_guest_empty_dir", "An `emptyDir` volume is the host's directory, or, where it is memory, the guest's memory."),
     moot(Runtime, "vfio_mode", "Host devices are not handed to VMs yet."),
     missing(Runtime, "sandbox_bind_mounts",

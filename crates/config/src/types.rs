@@ -153,6 +153,8 @@ pub struct HypervisorConfig {
     pub default_memory: u32,
     /// Most MiB; 0: as much as the host has.
     pub default_maxmemory: u32,
+    /// How many times memory can be added to a running VM.
+    pub memory_slots: u32,
     /// What carries the agent's channel.
     pub channel: Channel,
     /// How root file systems and volumes get into the guest.
@@ -199,6 +201,8 @@ pub struct RuntimeConfig {
     pub disable_new_netns: bool,
     /// Leave seccomp profiles out in the guest.
     pub disable_guest_seccomp: bool,
+    /// A VM keeps the size that it starts with.
+    pub static_sandbox_resource_mgmt: bool,
     /// Seconds the creation of a container may take in the guest.
     pub create_container_timeout: u32,
 }
@@ -231,6 +235,7 @@ impl SandboxConfig {
                 default_maxvcpus: 0,
                 default_memory: 2048,
                 default_maxmemory: 0,
+                memory_slots: 10,
                 channel: Channel::Auto,
                 shared_fs: SharedFs::VirtioFs,
                 virtio_fs_cache: FsCache::Auto,
@@ -250,6 +255,7 @@ impl SandboxConfig {
                 internetworking_model: NetworkModel::TcFilter,
                 disable_new_netns: false,
                 disable_guest_seccomp: false,
+                static_sandbox_resource_mgmt: false,
                 create_container_timeout: 60,
             },
             factory: FactoryConfig { enable_template: false, vm_cache_number: 0 },

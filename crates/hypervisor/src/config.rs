@@ -192,6 +192,10 @@ pub struct VmConfig {
     pub tsc_khz: u64,
     /// Memory in MiB; taken from the host as the guest touches it.
     pub memory_mib: u32,
+    /// Memory in MiB that may be reached by adding some while the machine runs (q35).
+    pub max_memory_mib: u32,
+    /// How many times memory can be added; 0: never.
+    pub memory_slots: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Virtual CPUs that may be reached by plugging (KVM only).

@@ -28,6 +28,9 @@ pub enum HypervisorError {
     /// As many devices are plugged as fit.
     #[error("no root port is free for another device")]
     NoPort,
+    /// The guest's kernel has refused a processor or memory.
+    #[error("the guest's kernel did not take what was added")]
+    Declined,
     /// The monitor's process could not be started.
     #[error("cannot start the virtual machine monitor")]
     Launch(#[from] LaunchError),

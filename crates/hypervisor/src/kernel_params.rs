@@ -4,7 +4,7 @@
 //! defend against processors that are not there; the parameters here save most of that.
 //! Under KVM the guest finds its clock by itself and keeps all its defences.
 
-use crate::config::{Accelerator, KernelKind, VmConfig};
+use crate::config::{Accelerator, KernelKind, Machine, VmConfig};
 
 /// For every machine. `panic=-1`: a panic restarts at once, which ends the monitor, so
 /// that a dead guest is an event and no silence.
@@ -24,6 +24,10 @@ const TCG_TUNED: &[&str] = &["lapic_khz=1000000", "keep_initmem", "quick_patchin
 /// To move the kernel is the work of a bzImage's loader; ours has none, and does not move.
 const TCG_DISTRO: &[&str] = &["nokaslr"];
 
+/// For a machine whose memory may grow: the kernel uses what comes, and keeps no 64 MiB of
+/// bounce buffers for devices that could not reach it, of which there are none.
+const GROWS: &[&str] = &["memhp_default_state=online", "swiotlb=noforce"];
+
 /// The whole command line.
 pub fn command_line(config: &VmConfig) -> String {
     let mut params: Vec<String> = ALWAYS.iter().map(ToString::to_string).collect();
@@ -40,6 +44,9 @@ pub fn command_line(config: &VmConfig) -> String {
             KernelKind::Tuned => TCG_TUNED.iter().map(ToString::to_string),
             KernelKind::Distro => TCG_DISTRO.iter().map(ToString::to_string),
         });
+    }
+    if config.memory_slots > 0 && config.machine == Machine::Q35 {
+        params.extend(GROWS.iter().map(ToString::to_string));
     }
     params.extend(config.kernel_params.iter().cloned());
     params.join(" ")
@@ -71,8 +78,16 @@ mod tests {
 
     #[test]
     fn under_kvm_a_guest_keeps_its_clock_and_its_defences() {
-        let params = params(|config| config.accelerator = Accelerator::Kvm);
+        let params = params(|config| {
+            (config.accelerator, config.memory_slots) = (Accelerator::Kvm, 0);
+        });
         assert_eq!(params, ["console=hvc0", "panic=-1", "quiet"]);
+    }
+
+    #[test]
+    fn where_memory_may_come_the_kernel_takes_it() {
+        assert!(has(&params(|_| {}), "memhp_default_state"));
+        assert!(!has(&params(|config| config.machine = Machine::Microvm), "memhp_default_state"));
     }
 
     #[test]

@@ -54,6 +54,15 @@ pub enum Device {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceId(pub(crate) String);
 
+/// How much a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Memory, MiB.
+    pub memory_mib: u32,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+}
+
 /// What a monitor can do, beyond what all can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -93,6 +102,14 @@ pub trait Hypervisor: Send {
 
     /// Unplugs a device. Returns when the guest has let go of it.
     async fn unplug(&mut self, device: &DeviceId) -> Result<(), HypervisorError>;
+
+    /// How large the machine is.
+    fn size(&self) -> Size;
+
+    /// Makes the machine at least so large, or as large as it can become. Returns when the
+    /// guest's kernel has taken what was added; virtual CPUs are not online yet. It never
+    /// shrinks, also when not all that was to be added could be.
+    async fn resize(&mut self, wanted: Size) -> Result<(), HypervisorError>;
 
     /// What this monitor can do with this machine.
     fn capabilities(&self) -> Capabilities;

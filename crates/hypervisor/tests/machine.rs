@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use kata_hypervisor::{
-    AcceleratorChoice, ChannelKind, Device, Hypervisor, HypervisorError, KernelKind, Mac, Machine,
-    Nic, Qemu, Share, Start, VmConfig, accelerator,
+    AcceleratorChoice, ChannelKind, CloneMemory, Device, Hypervisor, HypervisorError, KernelKind,
+    Mac, Machine, Nic, Qemu, Share, Size, Snapshot, Start, VmConfig, accelerator,
 };
 use kata_jail::Role;
 use kata_jail::role::Invocation;
@@ -74,6 +74,8 @@ fn config(directory: &tempfile::TempDir, what: &str) -> VmConfig {
         accelerator: verdict.accelerator,
         tsc_khz: verdict.tsc_khz,
         memory_mib: 256,
+        max_memory_mib: 1024,
+        memory_slots: 2,
         vcpus: 1,
         max_vcpus: 1,
         nics: Vec::new(),
@@ -347,4 +349,61 @@ fn the_self_test_gives_its_verdict_in_time() {
     let start = Instant::now();
     assert_eq!(accelerator::choose_kept_at(AcceleratorChoice::Auto, &cache), verdict);
     assert!(start.elapsed() < Duration::from_millis(20), "the kept verdict was not used");
+}
+
+#[tokio::test]
+async fn a_running_machine_gets_more_memory_until_its_slots_are_full() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut vm = started(config(&directory, "grow")).await;
+    says(&vm, "memory is counted").await;
+    let sized = |memory_mib| Size { memory_mib, vcpus: 1 };
+    for (wanted, has) in [(200, 256), (300, 384), (1000, 1024), (5000, 1024)] {
+        vm.resize(Size { memory_mib: wanted, vcpus: 4 }).await.unwrap();
+        assert_eq!(vm.size(), sized(has));
+    }
+    says(&vm, "768 MiB more").await;
+    vm.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn clones_go_on_where_their_template_stood_and_see_nothing_of_each_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut template =
+        started(VmConfig { start: Start::Template, ..config(&directory, "tick") }).await;
+    says(&template, "tick 20").await;
+    let snapshot = template.save().await.unwrap();
+    assert!(template.exited().now().is_some_and(|exit| exit.expected));
+    let again = || {
+        let [memory, devices] = snapshot.fds().map(|fd| fd.try_clone_to_owned().unwrap());
+        Snapshot::from_fds(memory, devices).unwrap()
+    };
+    for memory in [CloneMemory::Private, CloneMemory::Copied, CloneMemory::Private] {
+        let start = Start::Clone { snapshot: again(), memory };
+        let mut clone = started(VmConfig { start, ..config(&directory, "tick") }).await;
+        let first = loop {
+            match clone.console().last_lines(100).iter().find_map(|line| line.strip_prefix("tick "))
+            {
+                Some(number) => break number.trim().parse::<u32>().unwrap(),
+                None => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        };
+        assert!((20..200).contains(&first), "it began again, or had another's: tick {first}");
+        says(&clone, &format!("tick {}", first + 300)).await;
+        clone.stop().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_machine_that_is_not_the_templates_does_not_come_up_as_its_clone() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut template =
+        started(VmConfig { start: Start::Template, ..config(&directory, "sleep") }).await;
+    says(&template, "init is up").await;
+    let snapshot = template.save().await.unwrap();
+    let start = Start::Clone { snapshot, memory: CloneMemory::Private };
+    let mut other = VmConfig { start, ..config(&directory, "sleep") };
+    // Its template had one, whose state is then of nobody.
+    other.hotplug_ports -= 1;
+    let error = Qemu::new(other).start().await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Exited(_) | HypervisorError::State(_)), "{error}");
 }

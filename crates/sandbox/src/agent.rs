@@ -244,6 +244,13 @@ impl Agent {
         Ok(())
     }
 
+    /// Brings processors online that the machine got.
+    pub(crate) async fn online_cpus(&self, count: u32) -> Result<(), SandboxError> {
+        let request = message::OnlineCpusRequest { count, ..Default::default() };
+        self.client.online_cpus(patience(), &request).await.map_err(failed)?;
+        Ok(())
+    }
+
     pub(crate) async fn pause(&self, container: &Id) -> Result<(), SandboxError> {
         self.client.pause(patience(), &of(container)).await.map_err(failed)?;
         Ok(())

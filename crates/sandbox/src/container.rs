@@ -4,8 +4,9 @@ use crate::agent::ProcessRef;
 use crate::process::{Process, lock};
 use crate::sandbox::CreateRequest;
 use crate::{PodRole, SandboxError};
+use kata_config::Limits;
 use kata_hypervisor::DeviceId;
-use kata_oci::{Hooks, Spec, State, Status};
+use kata_oci::{Hooks, Resources, Spec, State, Status};
 use kata_protocol::Id;
 use kata_storage::{Plan, Pod};
 use std::collections::BTreeMap;
@@ -65,6 +66,8 @@ pub(crate) struct Container {
     /// The plugged disk that is its root.
     pub disk: Option<DeviceId>,
     pub init: Arc<Process>,
+    /// As its engine last said.
+    resources: Mutex<Resources>,
     execs: Mutex<BTreeMap<Id, Arc<Process>>>,
     paused: AtomicBool,
     oom_killed: AtomicBool,
@@ -72,7 +75,9 @@ pub(crate) struct Container {
 
 impl Container {
     pub(crate) fn new(bundle: Bundle, init: Process, disk: Option<DeviceId>) -> Self {
+        let resources = bundle.spec.linux().resources.clone().unwrap_or_default();
         Self {
+            resources: Mutex::new(resources),
             id: bundle.id,
             bundle: bundle.path,
             spec: bundle.spec,
@@ -84,6 +89,18 @@ impl Container {
             paused: AtomicBool::new(false),
             oom_killed: AtomicBool::new(false),
         }
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        Limits::of_container(Some(&lock(&self.resources)))
+    }
+
+    pub(crate) fn resources(&self) -> Resources {
+        lock(&self.resources).clone()
+    }
+
+    pub(crate) fn set_resources(&self, resources: Resources) {
+        *lock(&self.resources) = resources;
     }
 
     /// Adds an exec; refused when its id is taken or there are too many.

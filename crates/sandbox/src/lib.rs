@@ -24,6 +24,7 @@ mod network;
 pub mod packets;
 mod pod;
 mod process;
+mod resize;
 mod sandbox;
 mod share;
 pub mod stages;

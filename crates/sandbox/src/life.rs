@@ -7,6 +7,7 @@ use crate::container::{Container, hook_state};
 use crate::io::Relay;
 use crate::machine::Machine;
 use crate::process::{Exit, Process, ProcessStatus, Stdio, lock};
+use crate::resize::updated;
 use crate::sandbox::{Event, ProcessState, Sandbox};
 use crate::{SandboxError, hooks};
 use kata_oci::Status;
@@ -272,13 +273,13 @@ impl Sandbox {
         machine.call(machine.agent().stats(&container.id)).await
     }
 
-    /// Changes the container's limits.
+    /// Changes the container's limits. The machine grows where they rise above its size.
     ///
     /// # Errors
     /// The resources are bad, or the guest refuses.
     pub async fn update(&self, container: &Id, resources: &[u8]) -> Result<(), SandboxError> {
         let container = self.container(container)?;
-        kata_oci::Resources::parse(resources)?;
+        let update = kata_oci::Resources::parse(resources)?;
         let mut value: serde_json::Value =
             serde_json::from_slice(resources).map_err(kata_oci::SpecError::from)?;
         if let Some(map) = value.as_object_mut() {
@@ -288,7 +289,11 @@ impl Sandbox {
         if !container.in_guest {
             return Err(SandboxError::Unsupported("a change of limits of a pod as a whole"));
         }
-        machine.call(machine.agent().update(&container.id, value.to_string().into_bytes())).await
+        let limits = updated(&container.resources(), &update);
+        self.make_room(&machine, &container.id, Some(&limits)).await;
+        machine.call(machine.agent().update(&container.id, value.to_string().into_bytes())).await?;
+        container.set_resources(limits);
+        Ok(())
     }
 
     /// Freezes the container's processes, or lets them go on.

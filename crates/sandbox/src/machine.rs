@@ -154,6 +154,10 @@ impl Machine {
         &self.agent
     }
 
+    pub(crate) fn hypervisor(&self) -> &tokio::sync::Mutex<Qemu> {
+        &self.hypervisor
+    }
+
     /// The sandbox's id.
     pub(crate) fn sandbox(&self) -> &Id {
         &self.sandbox

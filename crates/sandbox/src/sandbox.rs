@@ -344,6 +344,7 @@ impl Sandbox {
         if bundle.in_guest {
             let streams = std::mem::take(&mut request.stdio.streams);
             process.set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
+            self.make_room(machine, &bundle.id, bundle.spec.linux().resources.as_ref()).await;
             machine.create(&bundle, message, network).await?;
         } else if let Some(network) = network {
             machine.call(machine.agent().configure_network(&network)).await?;

@@ -41,6 +41,7 @@ pub(crate) fn vm_config(
     if config.agent.enable_debug {
         kernel_params.push("agent.log=debug".to_owned());
     }
+    let grows = !config.runtime.static_sandbox_resource_mgmt;
     Ok(VmConfig {
         id: sandbox.to_string(),
         qemu: hypervisor.path.clone(),
@@ -61,8 +62,10 @@ pub(crate) fn vm_config(
         accelerator: verdict.accelerator,
         tsc_khz: verdict.tsc_khz,
         memory_mib: sizing.memory_mib,
+        max_memory_mib: sizing.max_memory_mib,
+        memory_slots: if grows { hypervisor.memory_slots } else { 0 },
         vcpus: sizing.vcpus,
-        max_vcpus: sizing.max_vcpus,
+        max_vcpus: if grows { sizing.max_vcpus } else { sizing.vcpus },
         nics: Vec::new(),
         // Under TCG it moves nothing faster.
         vhost_net: verdict.accelerator == kata_hypervisor::Accelerator::Kvm

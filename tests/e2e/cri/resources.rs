@@ -13,7 +13,7 @@ pub fn trials() -> Vec<Trial<Cri>> {
     trials!["resources":
         Both: limits_are_applied_and_updated, exhausted_memory_kills_and_says_so,
             container_stats_are_told, pod_stats_are_told;
-        Kata: machine_has_the_size_of_its_pod;
+        Kata: machine_has_the_size_of_its_pod, machine_grows_with_a_second_container;
     ]
 }
 
@@ -55,6 +55,34 @@ fn limits_are_applied_and_updated(cri: &Cri) -> Result<()> {
         c.update_container_resources(request).await
     })?;
     ensure!(read()? == (128 * MIB, 70_000), "{:?}", read()?);
+    Ok(())
+}
+
+fn machine_grows_with_a_second_container(cri: &Cri) -> Result<()> {
+    let pod = cri.pod()?;
+    let first = pod.run("one", SLEEP)?;
+    let total = || -> Result<i64> {
+        let info = first.exec("cat /proc/meminfo")?;
+        Ok(info.split_whitespace().nth(1).context("MemTotal")?.parse::<i64>()? / 1024)
+    };
+    let before = total()?;
+    let mut config = pod.container("two", SLEEP);
+    if let Some(linux) = config.linux.as_mut() {
+        linux.resources = Some(limits(3072 * MIB, 50_000));
+    }
+    let second = pod.run_config(config)?;
+    let grown = total()? - before;
+    ensure!((1000..=1400).contains(&grown), "{before} MiB, and {grown} more");
+    let request = v1::UpdateContainerResourcesRequest {
+        container_id: second.id.clone(),
+        linux: Some(limits(3584 * MIB, 50_000)),
+        ..Default::default()
+    };
+    cri.call("UpdateContainerResources", async |mut c| {
+        c.update_container_resources(request).await
+    })?;
+    let again = total()? - before - grown;
+    ensure!((450..=650).contains(&again), "{grown} MiB more, then {again}");
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! What one does with containers once they are there.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -19,7 +20,8 @@ pub fn trials() -> Vec<Trial<Docker>> {
             attach_sees_what_comes_after, exec_in_stopped_container_is_refused,
             exit_code_of_exec_is_the_processes, exec_takes_user_env_and_workdir,
             events_tell_the_life_of_a_container, many_containers_at_once;
-        Kata: no_guest_pid_is_given_out_as_a_host_pid;
+        Kata: no_guest_pid_is_given_out_as_a_host_pid, machine_grows_with_an_update,
+            more_cpus_are_no_error;
     ]
 }
 
@@ -198,6 +200,44 @@ fn update_changes_limits(docker: &Docker) -> Result<()> {
     docker.ok(&format!("update --memory 96m --memory-swap 96m {}", container.name))?;
     let seen = container.exec(limit)?;
     ensure!(seen == (96 << 20).to_string(), "{seen}");
+    Ok(())
+}
+
+fn machine_grows_with_an_update(docker: &Docker) -> Result<()> {
+    let out = docker.arena.dir("grown")?;
+    let volume = format!(
+        "--memory 256m --memory-swap 256m --tmpfs /big:size=600m -v {}:/out",
+        out.display()
+    );
+    let container = docker.sleeper(&volume)?;
+    let total = || -> Result<u64> {
+        let info = container.exec("cat /proc/meminfo")?;
+        Ok(info.split_whitespace().nth(1).context("MemTotal")?.parse::<u64>()? / 1024)
+    };
+    let before = total()?;
+    docker.ok(&format!("update --memory 768m --memory-swap 768m {}", container.name))?;
+    let grown = total()? - before;
+    ensure!((450..=650).contains(&grown), "{before} MiB, and {grown} more");
+    // The share's process reaches what came: the first memory is full of zeros by then.
+    let fill = "dd if=/dev/zero of=/big/zeros bs=1M count=400 2>/dev/null";
+    let copy = "dd if=/dev/urandom of=/big/data bs=1M count=16 2>/dev/null && cp /big/data /out/";
+    let guest = container.exec(&format!("{fill} && {copy} && md5sum < /big/data"))?;
+    let host = command::ok(Command::new("md5sum").arg(out.join("data")))?.out();
+    let sum = |text: &str| text.split_whitespace().next().map(str::to_owned);
+    ensure!(sum(&guest) == sum(&host), "in the guest {guest}, on the host {host}");
+    // A smaller limit is the guest's affair.
+    docker.ok(&format!("update --memory 512m --memory-swap 512m {}", container.name))?;
+    ensure!(total()? - before == grown);
+    Ok(())
+}
+
+fn more_cpus_are_no_error(docker: &Docker) -> Result<()> {
+    let container = docker.sleeper("--cpus 1")?;
+    docker.ok(&format!("update --cpus 2 {}", container.name))?;
+    // An emulated guest takes no further processors.
+    let expected = if crate::kvm::is_expected() { "2" } else { "1" };
+    let seen = container.exec("nproc")?;
+    ensure!(seen == expected, "{seen} CPUs");
     Ok(())
 }
 

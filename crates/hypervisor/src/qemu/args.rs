@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use crate::config::{Accelerator, ChannelKind, Machine, Nic, Share, VmConfig};
 use crate::kernel_params;
 use crate::qemu::cage::SHARE;
+use crate::qemu::resize::Room;
 
 /// The first descriptor number given to QEMU.
 const FIRST_FD: RawFd = 10;
@@ -146,16 +147,9 @@ impl CommandLine {
         let mut cpu = cpu(config.accelerator, qemu_major).to_owned();
         push_options(&mut cpu, &config.cpu_options);
         self.option("-cpu", cpu);
-        self.option("-m", format!("{size}M"));
-        let vcpus = config.vcpus;
-        self.option(
-            "-smp",
-            match config.accelerator {
-                Accelerator::Kvm => format!("{vcpus},maxcpus={}", config.max_vcpus.max(vcpus)),
-                // Linux does not take processors that come later from an emulator.
-                Accelerator::Tcg => vcpus.to_string(),
-            },
-        );
+        let room = Room::new(config);
+        self.option("-m", room.memory_option());
+        self.option("-smp", room.cpu_option(config.accelerator));
     }
 
     fn kernel(&mut self, config: &VmConfig, paths: &Paths) {

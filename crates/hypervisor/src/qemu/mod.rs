@@ -6,6 +6,7 @@
 mod args;
 mod cage;
 mod qmp;
+mod resize;
 mod template;
 mod version;
 mod watch;
@@ -36,14 +37,15 @@ use crate::qemu::qmp::{
     NetdevAddTap,
 };
 use crate::qemu::qmp::{Event, NetdevDel, Qmp, QmpCapabilities, Quit, RemoveFd, Stop};
+use crate::qemu::resize::Room;
 use crate::qemu::watch::Watch;
 use crate::snapshot::Start;
-use crate::{Capabilities, Device, DeviceId, Hypervisor, Snapshot};
+use crate::{Capabilities, Device, DeviceId, Hypervisor, Size, Snapshot};
 
 /// How long QEMU may take for a command. It answers within milliseconds; a host under
 /// load may keep it from running for a while.
 const COMMAND: Duration = Duration::from_secs(10);
-/// How long a guest may take to let go of a device.
+/// How long a guest may take to let go of a device, or to take one in.
 const UNPLUG: Duration = Duration::from_secs(10);
 /// How long QEMU has to end by itself when it is told to.
 const QUIT: Duration = Duration::from_millis(15);
@@ -60,6 +62,7 @@ pub struct Qemu {
     machine: Machine,
     accelerator: Accelerator,
     shared_memory: bool,
+    room: Room,
     vsock_cid: Option<u32>,
     console: Console,
     watch: Watch,
@@ -124,6 +127,7 @@ impl Qemu {
             machine: config.machine,
             accelerator: config.accelerator,
             shared_memory: matches!(config.share, Some(Share::VhostUserFs { .. })),
+            room: Room::new(&config),
             vsock_cid: match &config.channel {
                 ChannelKind::Vsock(vsock) => Some(vsock.cid()),
                 ChannelKind::Serial => None,
@@ -505,6 +509,14 @@ impl Hypervisor for Qemu {
         Ok(())
     }
 
+    fn size(&self) -> Size {
+        self.room.now
+    }
+
+    async fn resize(&mut self, wanted: Size) -> Result<(), HypervisorError> {
+        self.grow(wanted).await
+    }
+
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             plug: self.machine == Machine::Q35,
@@ -554,6 +566,8 @@ pub(crate) fn sample_config() -> VmConfig {
         accelerator: Accelerator::Tcg,
         tsc_khz: 1_000_000,
         memory_mib: 2048,
+        max_memory_mib: 8192,
+        memory_slots: 10,
         vcpus: 1,
         max_vcpus: 4,
         nics: Vec::new(),

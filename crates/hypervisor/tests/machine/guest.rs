@@ -35,6 +35,7 @@ fn init() {
         }
         Ok("echo") => echo(),
         Ok("nics") => nics(),
+        Ok("grow") => grow(),
         Ok("9p") => println!("9p: {:?}", nine_p()),
         other => println!("{other:?} is unknown"),
     }
@@ -45,6 +46,21 @@ fn init() {
 
 fn mounted(kind: &str, source: &str, target: &str, data: Option<&str>) {
     mount(Some(source), target, Some(kind), MsFlags::empty(), data).unwrap();
+}
+
+/// Says when there is more memory than at first.
+fn grow() {
+    mounted("proc", "proc", "/proc", None);
+    let total = || -> u64 {
+        let info = fs::read_to_string("/proc/meminfo").unwrap();
+        info.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let first = total();
+    println!("memory is counted");
+    loop {
+        println!("{} MiB more", (total() - first) / 1024);
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Sends back what comes in by the agent's port.
