@@ -1,9 +1,12 @@
-//! Measures what `SPECIFICATION.md` promises: `make bench`, or `kata-bench [sysbench] [runs]`.
+//! Measures what `SPECIFICATION.md` promises: `make bench`, or `kata-bench [short|sysbench] [runs]`.
 //!
 //! Ours and runc take turns, so that a noisy machine disturbs both alike; figures are
 //! medians, and promises are ratios wherever the machine would decide an absolute one.
 
+mod clones;
 mod memory;
+mod plot;
+mod pods;
 mod report;
 mod stages;
 mod stdio;
@@ -35,13 +38,14 @@ fn main() -> ExitCode {
 
 fn measure(arena: &Arena) -> Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    let only_sysbench = arguments.first().is_some_and(|first| first == "sysbench");
-    if only_sysbench {
+    let named = |name: &str| arguments.first().is_some_and(|first| first == name);
+    let (only_sysbench, short) = (named("sysbench"), named("short"));
+    if only_sysbench || short {
         arguments.remove(0);
     }
     let runs = match arguments.first() {
         Some(text) => text.parse().with_context(|| format!("{text} is no number of runs"))?,
-        None if only_sysbench => 3,
+        None if only_sysbench || short => 3,
         None => 15,
     };
     assets::install()?;
@@ -55,13 +59,22 @@ fn measure(arena: &Arena) -> Result<()> {
     {
         let docker = Docker::start(arena, OURS, &probe)?;
         docker_run(&docker, runs, &mut report)?;
-        stages::measure(&docker, runs, &mut report)?;
+        let what = "VM exec to agent ready, cold";
+        stages::measure(&docker, "", what, 750.0, runs, &mut report)?;
         docker_exec(&docker, runs, &mut report)?;
-        memory::measure(&docker, &mut report)?;
-        stdio::measure(&docker, &mut report)?;
+        memory::measure(&docker, "", "container", &mut report)?;
+        clones::measure(&docker, runs, &mut report)?;
+        if !short {
+            memory::by_number(&docker, "", "container", &[1, 5, 10, 20], &mut report)?;
+            stdio::measure(&docker, &mut report)?;
+        }
     }
     oci_exec(arena, &probe, runs, &mut report)?;
-    report.finish()
+    if !short {
+        pods::measure(arena, &probe, runs, &mut report)?;
+    }
+    report.finish()?;
+    if short { Ok(()) } else { report.publish() }
 }
 
 fn timed(docker: &Docker, line: &str) -> Result<Duration> {

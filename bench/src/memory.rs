@@ -9,16 +9,17 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kata_e2e::arena::cgroup_roots;
 use kata_e2e::docker::Docker;
+use kata_e2e::leaks::{self, Part};
 
 use crate::report::Report;
 
 /// Long enough for what runs once after the start.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Starts one container, lets it rest, and adds up.
-pub fn measure(docker: &Docker, report: &mut Report) -> Result<()> {
-    eprintln!("bench: memory of an idle container");
-    let container = docker.sleeper("")?;
+/// Starts one container with these options, lets it rest, and adds up.
+pub fn measure(docker: &Docker, options: &str, what: &str, report: &mut Report) -> Result<()> {
+    eprintln!("bench: memory of an idle {what}");
+    let container = docker.sleeper(options)?;
     thread::sleep(SETTLE);
     let mut pids = BTreeSet::new();
     for root in cgroup_roots() {
@@ -38,9 +39,44 @@ pub fn measure(docker: &Docker, report: &mut Report) -> Result<()> {
             "stand-in" => Some(2.0),
             _ => None,
         };
-        report.value(&format!("idle container, PSS of the {kind}"), *pss, "MiB", bound);
+        report.value(&format!("idle {what}, PSS of the {kind}"), *pss, "MiB", bound);
     }
-    report.value("idle container, PSS of everything", by_kind.values().sum(), "MiB", None);
+    report.value(&format!("idle {what}, PSS of everything"), by_kind.values().sum(), "MiB", None);
+    Ok(())
+}
+
+/// PSS of containerd's shim for this pod, MiB.
+pub fn of_shim(pod: &str) -> Result<f64> {
+    leaks::processes_of(pod, Part::Shim)?.into_iter().map(|pid| pss(pid.unsigned_abs())).sum()
+}
+
+/// PSS of all processes of sandboxes together, by how many idle ones there are, MiB each.
+pub fn by_number(
+    docker: &Docker,
+    options: &str,
+    what: &str,
+    numbers: &[usize],
+    report: &mut Report,
+) -> Result<()> {
+    let mut containers = Vec::new();
+    for number in numbers {
+        eprintln!("bench: memory of {number} idle {what}s");
+        while containers.len() < *number {
+            containers.push(docker.sleeper(options)?);
+        }
+        thread::sleep(SETTLE);
+        let mut pids = BTreeSet::new();
+        for root in cgroup_roots() {
+            gather(&root.join(&docker.arena.name), &mut pids);
+        }
+        let sum: f64 = pids.into_iter().filter_map(|pid| pss(pid).ok()).sum();
+        report.value(
+            &format!("{number} idle {what}s, PSS of each"),
+            sum / *number as f64,
+            "MiB",
+            None,
+        );
+    }
     Ok(())
 }
 

@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use kata_e2e::assets;
 use serde::Serialize;
 
+use crate::plot::{self, Bar};
+
 /// Milliseconds of many runs.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Distribution {
@@ -167,6 +169,35 @@ impl Report {
         fs::write(&path, serde_json::to_vec_pretty(self)?)
             .with_context(|| format!("write {}", path.display()))?;
         println!("\nwritten to build/bench.json");
+        Ok(())
+    }
+
+    /// Draws the ratios into `docs/benchmarks/`, with the machine they were measured on.
+    pub fn publish(&self) -> Result<()> {
+        let ratio = |row: &&Row| row.unit == "x runc" && row.each == "ms";
+        let bars: Vec<Bar> = self
+            .rows
+            .iter()
+            .filter(ratio)
+            .map(|row| Bar {
+                label: row.what.clone(),
+                ratio: row.value,
+                bound: match row.bound {
+                    Some(Bound::AtMost(bound)) => Some(bound),
+                    _ => None,
+                },
+            })
+            .collect();
+        let note = format!(
+            "{}; {} runs in turn, medians; a line is what is promised",
+            self.machine, self.runs
+        );
+        let dir = assets::source().join("docs/benchmarks");
+        fs::create_dir_all(&dir)?;
+        let file = dir.join("ratios.svg");
+        fs::write(&file, plot::ratios("Time against runc's (less is better)", &note, &bars))
+            .with_context(|| format!("write {}", file.display()))?;
+        println!("drawn to docs/benchmarks/ratios.svg");
         Ok(())
     }
 }

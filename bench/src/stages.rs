@@ -20,14 +20,22 @@ struct Mark {
 const BEFORE_EXEC: &str = "share started";
 const READY: &str = "agent ready";
 
-/// Starts containers one after the other and reads their stages.
-pub fn measure(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
+/// Starts containers with these options one after the other and reads their stages. `bound`
+/// is in ms.
+pub fn measure(
+    docker: &Docker,
+    options: &str,
+    what: &str,
+    bound: f64,
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
     eprintln!("bench: stages of {runs} starts");
     let mut order = Vec::new();
     let mut steps: HashMap<String, Vec<f64>> = HashMap::new();
     let mut to_ready = Vec::new();
     for _ in 0..runs {
-        let container = docker.sleeper("")?;
+        let container = docker.sleeper(options)?;
         let id = docker.ok(&format!("inspect --format '{{{{.Id}}}}' {}", container.name))?;
         let file = Path::new("/run/kata-containers").join(&id).join("stages.json");
         let text = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
@@ -45,7 +53,7 @@ pub fn measure(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> 
             last = mark.ms;
         }
     }
-    report.time("VM exec to agent ready, cold", Distribution::of(to_ready), Some(750.0));
+    report.time(what, Distribution::of(to_ready), Some(bound));
     for stage in order {
         let times = steps.remove(&stage).unwrap_or_default();
         report.time(&format!("  step: {stage}"), Distribution::of(times), None);

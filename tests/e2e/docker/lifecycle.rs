@@ -86,7 +86,11 @@ fn restart_gives_a_fresh_container(docker: &Docker) -> Result<()> {
     says("1\n2")?;
     docker.ok(&format!("stop -t 0 {}", container.name))?;
     docker.ok(&format!("start {}", container.name))?;
-    ensure!(container.exec("cat /proc/1/comm")? == "sleep");
+    says("1\n2\n3")?;
+    // It becomes another program right after it has said so.
+    command::eventually("it sleeps", PATIENCE, || {
+        Ok(container.exec("cat /proc/1/comm")? == "sleep")
+    })?;
     Ok(())
 }
 
