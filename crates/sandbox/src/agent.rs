@@ -140,6 +140,33 @@ impl Agent {
         Ok(())
     }
 
+    /// Lets the guest build a container that is of no use, on an empty root, and forget it:
+    /// what a kernel does the first time only is done then. That there is no such program to
+    /// run is as it should be.
+    pub(crate) async fn rehearse(&self, spec: &[u8]) -> Result<(), SandboxError> {
+        const NAME: &str = "rehearsal";
+        let root = message::Storage {
+            driver: "tmpfs".to_owned(),
+            source: NAME.to_owned(),
+            fstype: "tmpfs".to_owned(),
+            mount_point: format!("/run/{NAME}"),
+            ..Default::default()
+        };
+        let request = message::CreateContainerRequest {
+            container_id: NAME.to_owned(),
+            bundle: "/".to_owned(),
+            spec: spec.to_vec(),
+            stdio: Some(message::Stdio::default()).into(),
+            storages: vec![root],
+            ..Default::default()
+        };
+        match self.client.create_container(patience(), &request).await.map_err(failed) {
+            Ok(_) => self.delete(&ProcessRef { container: NAME.parse()?, exec: None }).await,
+            Err(SandboxError::Agent { exit: Some(_), .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     pub(crate) async fn start(
         &self,
         container: &Id,

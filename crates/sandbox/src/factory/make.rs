@@ -7,12 +7,14 @@ use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu, Snapshot, Start, VmConfig};
 use kata_network::{Mac, Netns, Tap};
-use kata_protocol::{Id, StreamHeader};
+use kata_protocol::{Id, StreamHeader, chain};
 use std::time::Duration;
 
 /// The address by which a clone finds the NIC of its template.
 pub(crate) const NIC: Mac = Mac::new([2, 0, 0, 0, 0, 1]);
 
+/// A container such as engines make.
+const REHEARSAL: &[u8] = include_bytes!("rehearsal.json");
 /// How long a call that failed waits to learn that its machine ended.
 const CAUSE: Duration = Duration::from_millis(500);
 
@@ -63,6 +65,10 @@ async fn meet(hypervisor: &mut Qemu, patience: Duration) -> Result<(), SandboxEr
             Ok(exit) => Err(SandboxError::Lost(exit.to_string())),
             Err(_) => Err(error),
         };
+    }
+    if let Err(error) = agent.rehearse(REHEARSAL).await {
+        // Clones are only slower without it.
+        tracing::warn!(error = %chain(&error), "the template has not rehearsed a container");
     }
     let parking = hypervisor.parking().await?;
     drop((agent, channel));
