@@ -2,13 +2,14 @@
 //! such as the KVM test host (`tests/kvm-host`).
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kata_e2e::assets::RUNTIME;
 use kata_e2e::command;
-use kata_e2e::docker::Docker;
+use kata_e2e::docker::{Docker, IMAGE, SHIM};
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
 
@@ -23,19 +24,24 @@ pub fn trials() -> Vec<Trial<Docker>> {
             guest_has_the_hosts_processor, clock_is_kvms_and_right,
             machine_grows_with_an_update;
     ]
+    .into_iter()
+    .chain(trials!["docker":
+        Kata: systemds_cgroup_holds_the_sandbox, shim_of_daemon_json_runs_and_tells_the_exit_code,
+            network_connected_after_create_is_there;
+    ])
+    .collect()
 }
 
-/// The command lines of the monitors that run now.
-fn monitors() -> Result<Vec<String>> {
-    let mut lines = Vec::new();
+/// The command line of the monitor of this sandbox.
+fn monitor(sandbox: &str) -> Result<String> {
     for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        if line.contains("qemu-system") && line.contains("-name sandbox-") {
-            lines.push(line);
+        if line.contains("qemu-system") && line.contains(&format!("-name sandbox-{sandbox} ")) {
+            return Ok(line);
         }
     }
-    Ok(lines)
+    bail!("no monitor runs {sandbox}")
 }
 
 fn self_test_finds_kvm(_: &Docker) -> Result<()> {
@@ -47,10 +53,10 @@ fn self_test_finds_kvm(_: &Docker) -> Result<()> {
 
 fn monitor_uses_kvm_vsock_and_vhost_net(docker: &Docker) -> Result<()> {
     let container = docker.sleeper("")?;
-    let lines = monitors()?;
-    ensure!(lines.len() == 1, "{lines:?}");
+    let id = docker.inspect(&container.name)?["Id"].as_str().context("Id")?.to_owned();
+    let line = monitor(&id)?;
     for part in ["-accel kvm", "-cpu host", "vhost-vsock", "vhost=on"] {
-        ensure!(lines[0].contains(part), "{part:?} is not in {}", lines[0]);
+        ensure!(line.contains(part), "{part:?} is not in {line}");
     }
     ensure!(container.exec("echo over vsock")? == "over vsock");
     Ok(())
@@ -103,6 +109,52 @@ fn machine_grows_with_an_update(docker: &Docker) -> Result<()> {
     let guest = container.exec(&format!("{copy} && md5sum < /big/data && md5sum < /data"))?;
     let sums: Vec<_> = guest.lines().collect();
     ensure!(sums.len() == 2 && sums[0] == sums[1], "{guest}");
+    Ok(())
+}
+
+/// With systemd's driver a container's cgroup is the scope that systemd would have made.
+fn systemds_cgroup_holds_the_sandbox(docker: &Docker) -> Result<()> {
+    let driver = docker.ok("info --format {{.CgroupDriver}}-{{.CgroupVersion}}")?;
+    ensure!(driver == "systemd-2", "{driver}");
+    let scope = {
+        let container = docker.sleeper("--memory 300m")?;
+        let id = docker.inspect(&container.name)?["Id"].as_str().context("Id")?.to_owned();
+        let scope = PathBuf::from(format!("/sys/fs/cgroup/system.slice/docker-{id}.scope"));
+        let pids = fs::read_to_string(scope.join("cgroup.procs"))?;
+        let names: Vec<_> = pids.lines().filter_map(|pid| name_of(pid).ok()).collect();
+        ensure!(names.iter().any(|name| name.starts_with("qemu")), "{names:?}");
+        scope
+    };
+    ensure!(!scope.exists(), "{} is still there", scope.display());
+    Ok(())
+}
+
+fn name_of(pid: &str) -> Result<String> {
+    Ok(fs::read_to_string(format!("/proc/{pid}/comm"))?.trim().to_owned())
+}
+
+/// Docker runs containerd's shim without our command line.
+fn shim_of_daemon_json_runs_and_tells_the_exit_code(docker: &Docker) -> Result<()> {
+    let host = command::ok(Command::new("uname").arg("-r"))?.out();
+    let line = format!("run --rm --runtime {SHIM} {IMAGE} sh -c");
+    let mut client = docker.client(&line);
+    let output = command::run(client.arg("uname -r; echo problem >&2; exit 9"))?.expect_code(9)?;
+    ensure!(output.out() != host && output.err() == "problem", "{output}");
+    Ok(())
+}
+
+fn network_connected_after_create_is_there(docker: &Docker) -> Result<()> {
+    let network = docker.network("")?;
+    for runtime in [docker.runtime, SHIM] {
+        let container = docker.created(&format!("--runtime {runtime}"), "sleep 1000000")?;
+        docker.ok(&format!("network connect {} {}", network.name, container.name))?;
+        docker.ok(&format!("start {}", container.name))?;
+        let address = container.address(&network.name)?;
+        let seen = container.exec("ip -4 addr")?;
+        let has = !address.is_empty() && seen.contains(&format!("inet {address}/"));
+        ensure!(has, "with {runtime}: {address:?} is not in\n{seen}");
+        ensure!(seen.matches("inet ").count() == 3, "with {runtime}:\n{seen}");
+    }
     Ok(())
 }
 

@@ -113,7 +113,9 @@ impl Suites<'_> {
             Oci::new(arena, runtime, probe)
         });
         if kvm::is_expected() || self.arena.is_none() {
-            self.one("kvm", runtime, kvm::trials(), |arena| Docker::start(arena, runtime, probe));
+            self.one("kvm", runtime, kvm::trials(), |arena| {
+                Docker::start_under_systemd(arena, runtime, probe)
+            });
         }
         self.one("kata-ctl", runtime, ctl::trials(), |arena| Oci::new(arena, runtime, probe));
     }

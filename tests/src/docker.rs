@@ -19,6 +19,9 @@ use crate::runner::Skip;
 /// The image most trials use.
 pub const IMAGE: &str = "busybox";
 
+/// The runtime that is containerd's shim, in [`Docker::start_under_systemd`].
+pub const SHIM: &str = "kata-shim";
+
 /// Further runtimes of the daemon: ours, with these configurations.
 const CHOICES: [(&str, &str); 6] = [
     ("kata-9p", "[hypervisor.qemu]\nshared_fs = \"virtio-9p\"\nmsize_9p = 262144\n"),
@@ -50,14 +53,34 @@ static NAMES: AtomicU32 = AtomicU32::new(0);
 impl Docker {
     /// Starts the daemon with `daemon.json` as in Kata's articles, and imports the image.
     pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Self> {
-        let mut config = json!({
+        let config = json!({
             "storage-driver": "overlay2",
             "exec-opts": ["native.cgroupdriver=cgroupfs"],
             "cgroup-parent": format!("/{}", arena.name),
         });
+        Self::start_with(config, arena, runtime, probe)
+    }
+
+    /// Starts the daemon as Debian has it on a host with systemd, which names the cgroups;
+    /// containerd's shim is a further runtime, [`SHIM`].
+    pub fn start_under_systemd(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Self> {
+        let config = json!({
+            "storage-driver": "overlay2",
+            "exec-opts": ["native.cgroupdriver=systemd"],
+            "runtimes": { SHIM: { "runtimeType": "io.containerd.kata.v2" } },
+        });
+        Self::start_with(config, arena, runtime, probe)
+    }
+
+    fn start_with(
+        mut config: Value,
+        arena: &Arena,
+        runtime: &'static str,
+        probe: &Path,
+    ) -> Result<Self> {
         if runtime != "runc" {
             config["default-runtime"] = json!(runtime);
-            config["runtimes"] = json!({ runtime: { "path": crate::assets::RUNTIME } });
+            config["runtimes"][runtime] = json!({ "path": crate::assets::RUNTIME });
             for (name, text) in CHOICES {
                 let file = arena.work.join(format!("{name}.toml"));
                 fs::write(&file, text)?;

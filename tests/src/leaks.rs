@@ -202,6 +202,8 @@ fn entries(dir: &Path, deep: usize, found: &mut impl FnMut(&Path)) {
 /// What Docker keeps by itself, and what is cached on purpose until the next boot.
 fn harmless(line: &str) -> bool {
     matches!(line, "link docker0" | "file /run/docker/netns/default")
+        // Who first names a network namespace makes their directory a mount.
+        || line == "mount /run/netns"
         // CNI's bridge plugin keeps its bridges.
         || line.starts_with("link cni-")
         || line.starts_with("link uplink")
