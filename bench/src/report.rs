@@ -18,8 +18,8 @@ pub struct Distribution {
     pub min: f64,
     /// The middle one.
     pub median: f64,
-    /// One in ten is slower.
-    pub p90: f64,
+    /// One in twenty is slower.
+    pub p95: f64,
 }
 
 impl Distribution {
@@ -32,7 +32,7 @@ impl Distribution {
             let index = (last as f64 * share).round() as usize;
             values.get(index).copied().unwrap_or(f64::NAN)
         };
-        Self { runs: values.len(), min: at(0.0), median: at(0.5), p90: at(0.9) }
+        Self { runs: values.len(), min: at(0.0), median: at(0.5), p95: at(0.95) }
     }
 }
 
@@ -147,15 +147,15 @@ impl Report {
 
     /// Prints the table and writes `build/bench.json`.
     pub fn finish(&self) -> Result<()> {
-        println!("\n{}, {} runs, medians (min to p90)\n", self.machine, self.runs);
+        println!("\n{}, {} runs, medians (min to p95)\n", self.machine, self.runs);
         for row in &self.rows {
             let bound = row.bound.map_or(String::new(), |bound| bound.verdict(row.value));
             println!("{:48} {:9.2} {:6}{bound}", row.what, row.value, row.unit);
             for (name, times) in [("ours", row.ours), ("runc", row.runc)] {
                 if let Some(t) = times {
-                    let Distribution { min, median, p90, .. } = t;
+                    let Distribution { min, median, p95, .. } = t;
                     println!(
-                        "{:48} {median:9.1} {:6}  ({min:.1} to {p90:.1})",
+                        "{:48} {median:9.1} {:6}  ({min:.1} to {p95:.1})",
                         format!("    {name}"),
                         row.each
                     );
@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn median_and_ends_are_found() {
         let all = Distribution::of((1..=11).rev().map(f64::from).collect());
-        assert_eq!((all.runs, all.min, all.median, all.p90), (11, 1.0, 6.0, 10.0));
+        assert_eq!((all.runs, all.min, all.median, all.p95), (11, 1.0, 6.0, 11.0));
     }
 
     #[test]

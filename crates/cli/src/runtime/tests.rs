@@ -104,7 +104,13 @@ fn what_is_not_supported_says_so_whatever_flags_it_gets() {
     let (_, verb, flags) = whole("restore --bundle /b --image-path /i --detach c1");
     assert_eq!((verb, flags.args.len()), ("restore", 6));
     assert_eq!(whole("checkpoint --leave-running c1").1, "checkpoint");
-    assert_eq!(whole("factory init --x").1, "factory");
+}
+
+#[test]
+fn factory_takes_one_word() {
+    let (_, verb, flags) = whole("--config /c factory init");
+    assert_eq!((verb, flags.args), ("factory", vec!["init".to_owned()]));
+    assert!(count(find("factory").unwrap(), 2).is_err());
 }
 
 #[test]
