@@ -229,7 +229,9 @@ pub fn load(program: &[Instruction], hook: Hook) -> io::Result<OwnedFd> {
         interface: 0,
         hook: hook.expected(),
     };
-    // A signal, as of a child that ended, makes the kernel stop looking at it.
+    // A signal, as of a child that ended, makes the kernel stop looking at it: none comes
+    // meanwhile. Other work of the kernel for this thread does the same, and is done once.
+    let _undisturbed = Undisturbed::begin();
     for _ in 0..RETRIES {
         match call(PROG_LOAD, &mut attr) {
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
@@ -237,6 +239,32 @@ pub fn load(program: &[Instruction], hook: Hook) -> io::Result<OwnedFd> {
         }
     }
     Err(io::Error::from_raw_os_error(libc::EAGAIN))
+}
+
+/// No signal reaches this thread as long as it lives; those that came wait.
+struct Undisturbed {
+    before: libc::sigset_t,
+}
+
+impl Undisturbed {
+    fn begin() -> Self {
+        // SAFETY: a set of signals is plain data, and both calls are given sets that live.
+        unsafe {
+            let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
+            Self { before }
+        }
+    }
+}
+
+impl Drop for Undisturbed {
+    fn drop(&mut self) {
+        // SAFETY: the set is the one that the kernel gave.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut());
+        }
+    }
 }
 
 /// A map that holds one listening socket, under the number 0.
