@@ -9,8 +9,8 @@ use crate::state::{Resource, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, Hierarchy};
 use kata_config::{SandboxConfig, Sizing};
-use kata_hypervisor::{Hypervisor, Qemu, Snapshot, Start, VmConfig};
-use kata_network::{Model, Netns};
+use kata_hypervisor::{Hypervisor, Qemu, Start, VmConfig};
+use kata_network::{Mac, Model, Netns};
 use kata_oci::Spec;
 use kata_protocol::{Id, chain};
 use std::path::Path;
@@ -51,14 +51,14 @@ pub(crate) async fn start(
 
     let model = vm_config::network_model(&config);
     let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
-    let mut power = Power { boot, config: &config, sizing: &sizing, state, stages };
+    let power = Power { boot, config: &config, sizing: &sizing, state, stages };
     let template = match &network {
         // A template has one NIC that waits for its network.
         Some(_) if model == Model::TcFilter => power.template(&recipe).await,
         _ => None,
     };
     let (share, hypervisor) = match template {
-        Some((key, snapshot)) => match power.on(&mut network, Some(snapshot)).await {
+        Some((key, clone)) => match power.on(&mut network, clone, Some(factory::NIC)).await {
             Ok(started) => started,
             Err(error) => {
                 tracing::warn!(sandbox = %boot.sandbox, error = %chain(&error),
@@ -67,10 +67,10 @@ pub(crate) async fn start(
                 if let Some(network) = &mut network {
                     network.take_back();
                 }
-                power.on(&mut network, None).await?
+                power.on(&mut network, power.booting()?, None).await?
             }
         },
-        None => power.on(&mut network, None).await?,
+        None => power.on(&mut network, power.booting()?, None).await?,
     };
     Ok(Started { config, sizing, cgroup, network, share, hypervisor })
 }
@@ -85,15 +85,22 @@ struct Power<'a> {
 }
 
 impl Power<'_> {
-    /// The template of such a machine, and its key; none while there is none.
-    async fn template(&mut self, recipe: &Recipe) -> Option<(String, Snapshot)> {
+    /// The clone of such a machine's template, and the template's key; none while there is none.
+    async fn template(&self, recipe: &Recipe) -> Option<(String, VmConfig)> {
         if !self.config.factory.enable_template {
             return None;
         }
         let found = async {
-            let key = factory::key(&factory::description(self.config, self.sizing)?)?;
+            let vm = factory::description(self.config, self.sizing)?;
+            let key = factory::key(&vm)?;
+            let memory = factory::memory_of_clones(self.config);
+            let cloned = |snapshot| VmConfig {
+                start: Start::Clone { snapshot, memory },
+                id: self.boot.sandbox.to_string(),
+                ..vm
+            };
             let snapshot = factory::fetch(&key, recipe).await?;
-            Ok::<_, SandboxError>(snapshot.map(|snapshot| (key, snapshot)))
+            Ok::<_, SandboxError>(snapshot.map(|snapshot| (key, cloned(snapshot))))
         };
         let found = found.await.unwrap_or_else(|error| {
             tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
@@ -104,30 +111,22 @@ impl Power<'_> {
         found
     }
 
-    /// Starts share and monitor; nothing of them is left when that fails.
+    /// The machine that boots.
+    fn booting(&self) -> Result<VmConfig, SandboxError> {
+        let mut vm = vm_config::vm_config(self.config, self.sizing, self.boot.sandbox)?;
+        vm_config::prefer_vsock(&mut vm, self.config.hypervisor.channel)?;
+        Ok(vm)
+    }
+
+    /// Starts share and monitor; nothing of them is left when that fails. A first NIC has the
+    /// `known` address, if there is one.
     async fn on(
-        &mut self,
+        &self,
         network: &mut Option<Network>,
-        snapshot: Option<Snapshot>,
+        mut vm: VmConfig,
+        known: Option<Mac>,
     ) -> Result<(Share, Qemu), SandboxError> {
-        let Self { boot, config, sizing, .. } = *self;
-        let known = snapshot.is_some().then_some(factory::NIC);
-        let mut vm = match snapshot {
-            Some(snapshot) => {
-                let vm = factory::description(config, sizing)?;
-                let memory = factory::memory_of_clones(config);
-                VmConfig {
-                    start: Start::Clone { snapshot, memory },
-                    id: boot.sandbox.to_string(),
-                    ..vm
-                }
-            }
-            None => {
-                let mut vm = vm_config::vm_config(config, sizing, boot.sandbox)?;
-                vm_config::prefer_vsock(&mut vm, config.hypervisor.channel)?;
-                vm
-            }
-        };
+        let Self { boot, config, .. } = *self;
         let nics = network.as_mut().map(|network| network.first_nics(known));
         let nics = nics.transpose()?.unwrap_or_default();
         vm.nics = nics.into_iter().map(|(tap, mac)| vm_config::nic(tap, mac)).collect();

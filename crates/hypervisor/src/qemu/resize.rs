@@ -6,13 +6,12 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokio::sync::broadcast::Receiver;
-use tokio::sync::broadcast::error::RecvError;
 
 use super::{COMMAND, Qemu, UNPLUG};
+use crate::Size;
 use crate::config::{Accelerator, Machine, Share, VmConfig};
 use crate::error::HypervisorError;
-use crate::qemu::qmp::{Command, Event, QmpError};
-use crate::{Hypervisor, Size};
+use crate::qemu::qmp::{Command, Event};
 
 /// Linux takes memory in blocks of so many MiB, at addresses that are a multiple of it.
 const BLOCK: u32 = 128;
@@ -210,14 +209,14 @@ impl Qemu {
         self.ask(STEP, &backend).await?;
         let properties = Map::from_iter([("memdev".to_owned(), memory.clone().into())]);
         let dimm = PutIn { driver: "pc-dimm".to_owned(), id, properties };
-        let mut events = self.running()?.qmp.events();
+        let events = self.running()?.qmp.events();
         if let Err(error) = self.ask(STEP, &dimm).await {
             let _ = self.running()?.qmp.call(&ObjectDel { id: memory }, COMMAND).await;
             return Err(error);
         }
         // The slot is taken whatever the guest makes of it.
         self.room.used += 1;
-        self.taken(STEP, &dimm.id, &mut events).await?;
+        self.taken(STEP, &dimm.id, events).await?;
         self.room.now.memory_mib += mib;
         Ok(())
     }
@@ -228,11 +227,11 @@ impl Qemu {
         for place in places.into_iter().take(count) {
             let id = format!("cpu{}", self.room.now.vcpus);
             let cpu = PutIn { driver: place.kind, id, properties: place.props };
-            let mut events = self.running()?.qmp.events();
+            let events = self.running()?.qmp.events();
             self.ask(STEP, &cpu).await?;
             // Its place is taken whatever the guest makes of it.
             self.room.now.vcpus += 1;
-            self.taken(STEP, &cpu.id, &mut events).await?;
+            self.taken(STEP, &cpu.id, events).await?;
         }
         Ok(())
     }
@@ -242,32 +241,9 @@ impl Qemu {
         &self,
         step: &'static str,
         id: &str,
-        events: &mut Receiver<Event>,
+        events: Receiver<Event>,
     ) -> Result<(), HypervisorError> {
-        let told = async {
-            loop {
-                match events.recv().await {
-                    Ok(event) => {
-                        if let Some(verdict) = verdict(&event, id) {
-                            return verdict;
-                        }
-                    }
-                    Err(RecvError::Lagged(_)) => {}
-                    Err(RecvError::Closed) => {
-                        let source = QmpError::Closed(PutIn::NAME);
-                        return Err(HypervisorError::Monitor { step, source });
-                    }
-                }
-            }
-        };
-        let mut exited = self.exited();
-        tokio::select! {
-            told = tokio::time::timeout(UNPLUG, told) => told.unwrap_or_else(|_| {
-                let source = QmpError::Deadline { command: PutIn::NAME, deadline: UNPLUG };
-                Err(HypervisorError::Monitor { step, source })
-            }),
-            exit = exited.wait() => Err(HypervisorError::Exited(exit)),
-        }
+        self.hears(step, PutIn::NAME, UNPLUG, events, |event| verdict(event, id)).await?
     }
 }
 

@@ -3,7 +3,6 @@
 use super::make::Plan;
 use super::recipe::Recipe;
 use super::wire::{self, Answer, Ask, Request, TemplateStatus};
-use crate::SandboxError;
 use crate::packets::{PacketListener, Packets};
 use crate::process::lock;
 use kata_hypervisor::Snapshot;
@@ -11,6 +10,7 @@ use kata_protocol::chain;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, watch};
 
@@ -57,6 +57,7 @@ struct Factory {
     templates: Mutex<HashMap<String, Template>>,
     /// One is made at a time.
     making: tokio::sync::Mutex<()>,
+    ended: AtomicBool,
     over: Notify,
     clock: Mutex<u64>,
 }
@@ -85,8 +86,7 @@ impl Factory {
         let request: Request = serde_json::from_slice(&bytes)?;
         if request.build != build {
             tracing::info!("another build of this program is in use: the factory ends");
-            self.end();
-            return reply(&connection, Answer::OtherBuild).await;
+            return self.end(&connection, Answer::OtherBuild).await;
         }
         let answer = match request.ask {
             Ask::Fetch { key, recipe } => match self.fetch(&key, &recipe) {
@@ -106,19 +106,21 @@ impl Factory {
                 Answer::Done
             }
             Ask::Status => Answer::Status(self.status()),
-            Ask::Destroy => {
-                self.end();
-                Answer::Done
-            }
+            Ask::Destroy => return self.end(&connection, Answer::Done).await,
         };
         reply(&connection, answer).await
     }
 
-    /// From here on nobody meets this factory any more.
-    fn end(&self) {
-        let _ = std::fs::remove_file(wire::socket_path());
-        lock(&self.templates).clear();
+    /// Ends the factory with this answer: from before it on nobody meets it any more. Only the
+    /// first time: later the socket of that name is another factory's.
+    async fn end(&self, connection: &Packets, answer: Answer) -> io::Result<()> {
+        if !self.ended.swap(true, Ordering::Relaxed) {
+            let _ = std::fs::remove_file(wire::socket_path());
+            lock(&self.templates).clear();
+        }
+        let answered = reply(connection, answer).await;
         self.over.notify_one();
+        answered
     }
 
     /// The template, if it is ready. One that is not known begins to be made; one that
@@ -138,25 +140,18 @@ impl Factory {
                 State::Making | State::Failed(_) => None,
             });
         }
-        self.begin(recipe).map_err(|error| chain(&error)).map(|_| None)
+        let plan = Plan::of(recipe).map_err(|error| chain(&error))?;
+        self.begin(recipe, plan);
+        Ok(None)
     }
 
     /// Makes the template, again if it failed before; returns when it is there.
     async fn made(self: &Arc<Self>, recipe: &Recipe) -> Result<(), String> {
-        let key = Plan::of(recipe).map_err(|error| chain(&error))?.key;
-        let failed = |template: &Template| matches!(template.state, State::Failed(_));
-        let waits = {
-            let mut templates = lock(&self.templates);
-            if templates.get(&key).is_some_and(failed) {
-                templates.remove(&key);
-            }
-            templates.get(&key).map(|template| template.settled.subscribe())
-        };
-        let mut waits = match waits {
-            Some(waits) => waits,
-            None => self.begin(recipe).map_err(|error| chain(&error))?,
-        };
-        let _ = waits.wait_for(|settled| *settled).await;
+        let plan = Plan::of(recipe).map_err(|error| chain(&error))?;
+        let key = plan.key.clone();
+        lock(&self.templates)
+            .retain(|known, template| *known != key || !matches!(template.state, State::Failed(_)));
+        let _ = self.begin(recipe, plan).wait_for(|settled| *settled).await;
         match lock(&self.templates).get(&key).map(|template| &template.state) {
             Some(State::Ready(_)) => Ok(()),
             Some(State::Failed(why)) => Err(why.clone()),
@@ -164,12 +159,11 @@ impl Factory {
         }
     }
 
-    /// Begins to make a template.
-    fn begin(self: &Arc<Self>, recipe: &Recipe) -> Result<watch::Receiver<bool>, SandboxError> {
-        let plan = Plan::of(recipe)?;
-        // Who asked may have seen the configuration before it was changed.
+    /// Begins to make a template, unless it is known: who asked may have seen the configuration
+    /// before it was changed. Gives what tells that it is settled.
+    fn begin(self: &Arc<Self>, recipe: &Recipe, plan: Plan) -> watch::Receiver<bool> {
         if let Some(known) = lock(&self.templates).get(&plan.key) {
-            return Ok(known.settled.subscribe());
+            return known.settled.subscribe();
         }
         self.forget_stale();
         let (settled, waits) = watch::channel(false);
@@ -199,7 +193,7 @@ impl Factory {
             };
             factory.settle(&plan.key, state);
         });
-        Ok(waits)
+        waits
     }
 
     fn settle(&self, key: &str, state: State) {
