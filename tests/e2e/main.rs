@@ -144,7 +144,8 @@ impl Suites<'_> {
         let result = guarded(|| {
             before = Some(Snapshot::take(arena)?);
             let context = start(arena)?;
-            self.tally += run(name, trials, &context, self.threads);
+            let tries = if runtime == "runc" { 3 } else { 1 };
+            self.tally += run(name, trials, &context, self.threads, tries);
             Ok(())
         });
         if result.is_err() {

@@ -416,7 +416,10 @@ impl Container<'_> {
             text = self.logged(stream)?;
             Ok(is_right(&text))
         })
-        .with_context(|| format!("logged are {} bytes: {text:.200}", text.len()))
+        .with_context(|| {
+            let end = text.char_indices().rev().nth(99).map_or(0, |(at, _)| at);
+            format!("logged are {} bytes: {text:.100} … {}", text.len(), &text[end..])
+        })
     }
 
     /// Waits until its log has this text.

@@ -148,8 +148,16 @@ impl std::ops::AddAssign for Tally {
     }
 }
 
-/// Runs `trials`, `threads` at a time, each named `prefix/its name`.
-pub fn run<C: Sync>(prefix: &str, trials: Vec<Trial<C>>, context: &C, threads: usize) -> Tally {
+/// Runs `trials`, `threads` at a time, each named `prefix/its name`, and one that fails up to
+/// `tries` times in all. Ours get one try. A proof on the peer gets more: engines have races
+/// of their own, and what is asked there is whether the trial *can* hold.
+pub fn run<C: Sync>(
+    prefix: &str,
+    trials: Vec<Trial<C>>,
+    context: &C,
+    threads: usize,
+    tries: u32,
+) -> Tally {
     let tally = Mutex::new(Tally::default());
     let queue = Mutex::new(VecDeque::from(trials));
     thread::scope(|scope| {
@@ -158,13 +166,18 @@ pub fn run<C: Sync>(prefix: &str, trials: Vec<Trial<C>>, context: &C, threads: u
                 loop {
                     let next = lock(&queue).pop_front();
                     let Some(trial) = next else { break };
+                    let name = format!("{prefix}/{}", trial.name);
                     let began = Instant::now();
-                    let result = guarded(|| (trial.run)(context));
-                    lock(&tally).note(
-                        &format!("{prefix}/{}", trial.name),
-                        began.elapsed(),
-                        &result,
-                    );
+                    let mut result = guarded(|| (trial.run)(context));
+                    for _ in 1..tries {
+                        let Err(error) = &result else { break };
+                        if error.is::<Skip>() {
+                            break;
+                        }
+                        println!("again         {name}: {error}");
+                        result = guarded(|| (trial.run)(context));
+                    }
+                    lock(&tally).note(&name, began.elapsed(), &result);
                 }
             });
         }
@@ -206,8 +219,22 @@ mod tests {
 
     #[test]
     fn errors_and_panics_count_as_failed() {
-        let tally = run("unit", trials!["m": Both: holds, breaks; Kata: panics], &(), 2);
+        let tally = run("unit", trials!["m": Both: holds, breaks; Kata: panics], &(), 2, 1);
         assert_eq!((tally.passed, tally.failed), (1, 2));
+    }
+
+    #[test]
+    fn a_proof_that_fails_is_tried_again_and_ours_is_not() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        fn holds_the_second_time(calls: &AtomicU32) -> Result<()> {
+            anyhow::ensure!(calls.fetch_add(1, Ordering::Relaxed) > 0, "not yet");
+            Ok(())
+        }
+        for (tries, held) in [(1, 0), (2, 1)] {
+            let trials = trials!["m": Both: holds_the_second_time];
+            let tally = run("unit", trials, &AtomicU32::new(0), 1, tries);
+            assert_eq!((tally.passed, tally.failed), (held, 1 - held));
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
@@ -20,6 +21,11 @@ use tokio::task::AbortHandle;
 use crate::SandboxError;
 
 const BUFFER: usize = 64 << 10;
+
+/// How often a reader is looked at that is taking what is left, and after how many looks at
+/// the same amount it counts as one that does not.
+const DRAIN_LOOK: Duration = Duration::from_millis(1);
+const DRAIN_LOOKS: u32 = 200;
 
 /// The descriptors that an engine gave for one process.
 #[derive(Debug, Default)]
@@ -39,6 +45,7 @@ pub struct EngineStreams {
 pub(crate) struct Relay {
     stdout: Option<watch::Receiver<Delivered>>,
     stderr: Option<watch::Receiver<Delivered>>,
+    held: Arc<Vec<OwnedFd>>,
     close_stdin: Arc<Notify>,
     input: Option<AbortHandle>,
 }
@@ -86,7 +93,7 @@ impl Relay {
             *slot = Some(delivered);
         }
         let [stdout, stderr] = relays;
-        Ok(Self { stdout, stderr, close_stdin, input })
+        Ok(Self { stdout, stderr, held, close_stdin, input })
     }
 
     /// The process gets what is waiting in its input, and then end of file.
@@ -102,13 +109,17 @@ impl Relay {
         }
     }
 
-    /// Waits until so many bytes are with the engine, or the stream has ended.
+    /// Waits until so many bytes are with the engine, or the stream has ended; of FIFOs, until
+    /// the engine has taken them, too.
     pub(crate) async fn delivered(&self, stdout: u64, stderr: u64) {
         for (relay, bytes) in [(&self.stdout, stdout), (&self.stderr, stderr)] {
             if let Some(relay) = relay {
                 // An error means that the relay has ended, which is an end too.
                 let _ = relay.clone().wait_for(|now| now.ended || now.bytes >= bytes).await;
             }
+        }
+        for fifo in self.held.iter() {
+            drained(fifo).await;
         }
     }
 }
@@ -146,6 +157,23 @@ async fn relay_output(mut stream: Stream, mut sink: End, progress: watch::Sender
     }
     drop(sink);
     progress.send_modify(|now| now.ended = true);
+}
+
+/// Waits until a FIFO is empty, or nobody is taking from it. Some containerds (1.6.20 of
+/// Debian 12) close their end when they hear of an exit, with what they have not read yet.
+/// There is no event for an empty pipe; most often it is empty at the first look.
+async fn drained(fifo: &OwnedFd) {
+    let mut last = u64::MAX;
+    let mut looks = 0;
+    while let Ok(left @ 1..) = rustix::io::ioctl_fionread(fifo) {
+        looks = if left < last { 0 } else { looks + 1 };
+        if looks == DRAIN_LOOKS {
+            tracing::debug!(left, "nobody takes the rest of the output");
+            return;
+        }
+        last = left;
+        tokio::time::sleep(DRAIN_LOOK).await;
+    }
 }
 
 /// The engine's end of a stream.
@@ -288,6 +316,25 @@ mod tests {
         let (read, write) = rustix::pipe::pipe().unwrap();
         drop(read);
         assert!(End::writer(write).unwrap().write_all(b"abc").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn output_is_drained_when_its_reader_has_it_or_there_is_none() {
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        rustix::io::write(&write, &[0; 3000]).unwrap();
+        let reader = read.try_clone().unwrap();
+        let reading = tokio::task::spawn_blocking(move || {
+            for _ in 0..3 {
+                std::thread::sleep(DRAIN_LOOK * DRAIN_LOOKS / 3);
+                rustix::io::read(&reader, &mut [0; 1000]).unwrap();
+            }
+        });
+        drained(&read).await;
+        assert_eq!(rustix::io::ioctl_fionread(&read).unwrap(), 0);
+        reading.await.unwrap();
+        rustix::io::write(&write, b"nobody wants this").unwrap();
+        drained(&read).await;
+        assert!(rustix::io::ioctl_fionread(&read).unwrap() > 0);
     }
 
     #[tokio::test]

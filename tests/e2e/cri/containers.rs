@@ -16,7 +16,10 @@ pub fn trials() -> Vec<Trial<Cri>> {
             security_context_is_applied, commands_executed_give_codes_and_streams,
             command_that_takes_too_long_is_ended, stop_is_polite_and_then_is_not,
             missing_command_is_an_error_and_the_pod_lives, many_commands_are_executed_at_once,
-            long_lines_and_much_output_are_logged, container_can_be_created_and_never_started;
+            long_lines_are_logged, container_can_be_created_and_never_started;
+        // Debian 12's containerd closes its end of the output when it hears of an exit. With
+        // runc it loses what it has not read by then.
+        Kata: much_output_of_a_process_that_ends_at_once_is_logged;
     ]
 }
 
@@ -179,15 +182,21 @@ fn many_commands_are_executed_at_once(cri: &Cri) -> Result<()> {
     })
 }
 
-fn long_lines_and_much_output_are_logged(cri: &Cri) -> Result<()> {
+fn long_lines_are_logged(cri: &Cri) -> Result<()> {
     let pod = cri.pod()?;
-    let script = "head -c 50000 /dev/zero | tr '\\0' x; echo; seq 20000; exit 0";
-    let container = pod.run("one", script)?;
-    ensure!(container.wait()? == 0);
-    container.expect_logged("stdout", |text| {
-        let mut lines = text.lines();
-        lines.next().map(str::len) == Some(50_000) && lines.eq((1..=20_000).map(|n| n.to_string()))
-    })
+    let container = pod.run("one", "head -c 50000 /dev/zero | tr '\\0' x; echo; sleep 300")?;
+    container.expect_logged("stdout", |text| text == "x".repeat(50_000))
+}
+
+fn much_output_of_a_process_that_ends_at_once_is_logged(cri: &Cri) -> Result<()> {
+    let pod = cri.pod()?;
+    for round in 0..3 {
+        let container = pod.run(&format!("round{round}"), "seq 20000")?;
+        ensure!(container.wait()? == 0);
+        container
+            .expect_logged("stdout", |text| text.lines().eq((1..=20_000).map(|n| n.to_string())))?;
+    }
+    Ok(())
 }
 
 fn container_can_be_created_and_never_started(cri: &Cri) -> Result<()> {
