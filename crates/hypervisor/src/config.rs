@@ -215,6 +215,9 @@ pub struct VmConfig {
     pub start: Start,
     /// Whether the monitor is jailed. Only for finding faults.
     pub jail: bool,
+    /// The network namespace in which the jailed monitor can be found by an engine that looks
+    /// for the container's there; else it has an empty one.
+    pub netns: Option<OwnedFd>,
     /// User and group of the jailed monitor.
     pub uid: u32,
 }

@@ -1,6 +1,7 @@
 //! What a jail is made of, and the way in.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -27,12 +28,23 @@ pub struct Jail {
     pub capabilities: Vec<Capability>,
     /// Most descriptors it may have open; 0 leaves the limit as it is.
     pub nofile: u64,
-    /// Whether it stays in the network namespace it was started in. Else it gets an empty one.
-    pub network: bool,
+    /// The network namespace it is in.
+    pub network: Network,
     /// Whether /proc is there (read-only).
     pub proc: bool,
     /// The system calls it may make.
     pub seccomp: Option<Seccomp>,
+}
+
+/// A jail's network namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Network {
+    /// One of its own, with nothing in it.
+    #[default]
+    Empty,
+    /// The one that this inherited descriptor is. It is closed on the way in.
+    Joined(RawFd),
 }
 
 /// A file or directory of the host that is visible in the jail.

@@ -23,7 +23,7 @@ mod seccomp;
 mod spawn;
 
 pub use child::Child;
-pub use jail::{Bind, Capability, Jail, JailError};
+pub use jail::{Bind, Capability, Jail, JailError, Network};
 pub use launch::{Launch, LaunchError};
 pub use role::Role;
 pub use seccomp::{Seccomp, Violation};

@@ -7,7 +7,7 @@
 use std::ffi::{CStr, CString};
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, symlink};
 use std::path::{Component, Path, PathBuf};
@@ -16,7 +16,7 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
-use crate::jail::{Bind, Jail, JailError, step};
+use crate::jail::{Bind, Jail, JailError, Network, step};
 
 /// Where the new root is mounted before it becomes the root. Any directory that every
 /// host has will do: the mount namespace is our own.
@@ -28,11 +28,18 @@ const ITSELF: &CStr = c"";
 
 /// Moves the process to new namespaces, into the jail's root.
 pub(crate) fn change(jail: &Jail) -> Result<(), JailError> {
+    if let Network::Joined(namespace) = jail.network {
+        // SAFETY: whoever starts the jailed program hands it this descriptor for this; nobody
+        // else in the process knows of it.
+        let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
+        nix::sched::setns(namespace, CloneFlags::CLONE_NEWNET)
+            .map_err(step("join the network namespace"))?;
+    }
     let mut namespaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
-    if !jail.network {
+    if jail.network == Network::Empty {
         namespaces |= CloneFlags::CLONE_NEWNET;
     }
     nix::sched::unshare(namespaces).map_err(step("make namespaces"))?;

@@ -13,6 +13,7 @@ use kata_hypervisor::{Hypervisor, Qemu, Start, VmConfig};
 use kata_network::{Mac, Model, Netns};
 use kata_oci::Spec;
 use kata_protocol::{Id, chain};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -25,6 +26,8 @@ pub(crate) struct Boot<'a> {
     /// The host's file behind the container's `/etc/resolv.conf`.
     pub resolv_conf: Option<&'a Path>,
     pub netns: Option<Netns>,
+    /// The engine looks for the network namespace where the monitor is.
+    pub monitor_shows_netns: bool,
     pub config: Option<&'a Path>,
 }
 
@@ -129,6 +132,10 @@ impl Power<'_> {
         let Self { boot, config, .. } = *self;
         let nics = network.as_mut().map(|network| network.first_nics(known));
         let nics = nics.transpose()?.unwrap_or_default();
+        if let Some(network) = network.as_ref().filter(|_| boot.monitor_shows_netns) {
+            let shown = network.netns().as_fd().try_clone_to_owned();
+            vm.netns = Some(shown.map_err(SandboxError::io("duplicate a network namespace"))?);
+        }
         vm.nics = nics.into_iter().map(|(tap, mac)| vm_config::nic(tap, mac)).collect();
         let (share, device) = Share::start(config, boot.sandbox, boot.dir)?;
         if let Some(devices) = share.process() {

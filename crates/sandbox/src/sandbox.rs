@@ -15,7 +15,7 @@ use crate::state::{StateFile, remove_cgroup};
 use crate::{PodRole, SandboxDir, SandboxError, forward, hooks};
 use kata_hypervisor::DeviceId;
 use kata_network::Netns;
-use kata_oci::Status;
+use kata_oci::{Namespace, Status};
 use kata_protocol::{Id, chain, limits};
 use kata_storage::{FileSystem, Pod};
 use std::collections::BTreeMap;
@@ -242,14 +242,18 @@ impl Sandbox {
         bundle: &Bundle,
         request: &CreateRequest,
     ) -> Result<Arc<Machine>, SandboxError> {
-        let netns = self.netns(bundle, request)?;
+        let linux = bundle.spec.linux();
+        let named = linux.namespace(kata_oci::NamespaceKind::Network);
+        let own = request.stand_in.is_none() && named.is_some_and(|named| named.path.is_none());
+        let netns = if own { Netns::create()? } else { netns(request.stand_in, named)? };
         let boot = Boot {
             sandbox: &self.id,
             container: &bundle.id,
             dir: &self.dir,
             spec: &bundle.spec,
             resolv_conf: bundle.plan.resolv_conf.as_deref(),
-            netns,
+            netns: Some(netns),
+            monitor_shows_netns: own,
             config: request.config.as_deref(),
         };
         match Machine::start(boot, &self.state).await {
@@ -268,26 +272,6 @@ impl Sandbox {
                 Err(error)
             }
         }
-    }
-
-    /// The network namespace of the sandbox: the stand-in's, or the one that is named.
-    fn netns(
-        &self,
-        bundle: &Bundle,
-        request: &CreateRequest,
-    ) -> Result<Option<Netns>, SandboxError> {
-        let linux = bundle.spec.linux();
-        let named = linux.namespace(kata_oci::NamespaceKind::Network);
-        let path = match (request.stand_in, named.map(|n| n.path.clone())) {
-            (Some(pid), _) => PathBuf::from(format!("/proc/{pid}/ns/net")),
-            (None, Some(Some(path))) => path,
-            // One of its own, in which nobody has put anything.
-            (None, Some(None)) => return Ok(None),
-            (None, None) => return Err(kata_network::NetworkError::Host.into()),
-        };
-        let netns = Netns::open(&path)?;
-        kata_network::check(&netns, named.and_then(|n| n.path.as_deref()))?;
-        Ok(Some(netns))
     }
 
     async fn create_in(
@@ -487,4 +471,16 @@ fn pod_of(bundle: &Bundle) -> Result<Option<Id>, SandboxError> {
         PodRole::Container { sandbox } if sandbox != bundle.id => Some(sandbox),
         _ => None,
     })
+}
+
+/// The network namespace that an engine made: the stand-in's, or the one that is named.
+fn netns(stand_in: Option<i32>, named: Option<&Namespace>) -> Result<Netns, SandboxError> {
+    let path = named.and_then(|named| named.path.as_deref());
+    let netns = match (stand_in, path) {
+        (Some(pid), _) => Netns::of_process(pid)?,
+        (None, Some(path)) => Netns::open(path)?,
+        (None, None) => return Err(kata_network::NetworkError::Host.into()),
+    };
+    kata_network::check(&netns, path)?;
+    Ok(netns)
 }

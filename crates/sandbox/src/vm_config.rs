@@ -43,6 +43,7 @@ pub(crate) fn vm_config(
     }
     let grows = !config.runtime.static_sandbox_resource_mgmt;
     Ok(VmConfig {
+        netns: None,
         id: sandbox.to_string(),
         qemu: hypervisor.path.clone(),
         firmware: hypervisor.firmware.clone(),

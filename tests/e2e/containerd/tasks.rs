@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use kata_e2e::command;
+use kata_e2e::command::{self, PATIENCE};
 use kata_e2e::containerd::{Containerd, IMAGE, Task};
 use kata_e2e::leaks;
 use kata_e2e::runner::Trial;
@@ -18,7 +18,8 @@ pub fn trials() -> Vec<Trial<Containerd>> {
             bind_mounts_are_shared, exec_has_its_own_code_user_and_directory,
             signals_arrive_and_give_their_codes, all_processes_are_killed_with_all,
             pause_and_resume, processes_and_metrics_are_told,
-            task_can_be_removed_and_made_again, several_tasks_start_side_by_side;
+            task_can_be_removed_and_made_again, several_tasks_start_side_by_side,
+            interface_put_where_the_task_is_found_is_the_containers;
         Kata: checkpoint_is_refused, host_network_is_refused_with_a_reason;
     ]
 }
@@ -193,6 +194,24 @@ fn several_tasks_start_side_by_side(containerd: &Containerd) -> Result<()> {
         ensure!(output.out() == n.to_string(), "{output}");
     }
     Ok(())
+}
+
+/// As Docker 26 does it: the specification names no namespace, it is found by the task's process.
+fn interface_put_where_the_task_is_found_is_the_containers(containerd: &Containerd) -> Result<()> {
+    let task = containerd.detached("", "exec sleep 1000000")?;
+    let (pid, _) = task.state()?;
+    let ip = |line: String| command::ok(Command::new("ip").args(line.split(' ')));
+    ip("link add late-host type veth peer name late".to_owned())?;
+    ip(format!("link set late netns {pid}"))?;
+    let inside = format!("-t {pid} -n ip");
+    for line in ["addr add 192.0.2.9/24 dev late", "link set late up"] {
+        let words = inside.split(' ').chain(line.split(' '));
+        command::ok(Command::new("nsenter").args(words))?;
+    }
+    command::eventually("the container has the interface", PATIENCE, || {
+        Ok(task.exec("ip -4 addr")?.out().contains("inet 192.0.2.9/24"))
+    })?;
+    ip("link del late-host".to_owned()).map(drop)
 }
 
 fn checkpoint_is_refused(containerd: &Containerd) -> Result<()> {

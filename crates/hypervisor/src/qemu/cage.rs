@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use kata_jail::{Bind, Capability, Jail};
+use kata_jail::{Bind, Capability, Jail, Network};
 
 use crate::config::{Accelerator, Machine, Share, VmConfig};
 use crate::error::HypervisorError;
@@ -31,6 +32,8 @@ const FIRMWARE: &[&str] = &[
 ];
 /// Where the jailed QEMU has what its 9p server shows.
 pub(crate) const SHARE: &str = "/share";
+/// On the way into its jail QEMU's network namespace is this descriptor.
+pub(crate) const NETNS_FD: RawFd = 9;
 /// Descriptors that QEMU may have open.
 const NOFILE: u64 = 4096;
 
@@ -133,7 +136,10 @@ pub(crate) fn build(config: &VmConfig, host: &Paths, opens_memory: bool) -> (Jai
         directories,
         devices,
         nofile: NOFILE,
-        network: false,
+        network: match config.netns {
+            Some(_) => Network::Joined(NETNS_FD),
+            None => Network::Empty,
+        },
         // Its 9p server changes modes by way of /proc/self/fd, and by it a monitor opens the
         // memory that it inherits.
         proc: !capabilities.is_empty() || opens_memory,

@@ -265,6 +265,9 @@ impl Qemu {
             launch = launch.fd(fd, at);
         }
         if config.jail {
+            if let Some(netns) = config.netns.take() {
+                launch = launch.fd(netns, cage::NETNS_FD);
+            }
             launch = launch.jail(jail);
         }
         let child = Arc::new(launch.spawn()?);
@@ -472,6 +475,7 @@ pub(crate) fn sample_config() -> VmConfig {
         channel: ChannelKind::Serial,
         start: Start::Boot,
         jail: true,
+        netns: None,
         uid: 1000,
     }
 }
