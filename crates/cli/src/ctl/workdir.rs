@@ -46,13 +46,15 @@ impl Workdir {
             .mode(0o711)
             .create(parent)
             .with_context(|| format!("cannot create {}", parent.display()))?;
+        // Nobody looks for abandoned directories until this one has its lock.
+        let _no_sweep = lock(parent, FlockOperation::LockShared)
+            .with_context(|| format!("cannot lock {}", parent.display()))?;
         let path = parent.join(id.as_str());
         DirBuilder::new().mode(0o711).create(&path).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => anyhow::anyhow!("container {id} exists already"),
             _ => anyhow::Error::new(error).context(format!("cannot create {}", path.display())),
         })?;
-        let lock = File::open(&path).context("cannot open the work directory")?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        let lock = lock(&path, FlockOperation::NonBlockingLockExclusive)
             .context("cannot lock the work directory")?;
         Ok(Self { path, _lock: lock })
     }
@@ -106,7 +108,7 @@ pub fn keep(global: &Global) -> Result<u8> {
 
 /// Removes what runs that were killed left behind.
 pub async fn sweep(global: &Global) {
-    for id in abandoned(Path::new(PARENT)) {
+    for (id, _lock) in abandoned(Path::new(PARENT)) {
         tracing::warn!("removing container {id}, whose kata-ctl was killed");
         let removed = async {
             runtime::destroy(global, &id).await?;
@@ -120,16 +122,23 @@ pub async fn sweep(global: &Global) {
     }
 }
 
-fn abandoned(parent: &Path) -> Vec<Id> {
+/// The directories that nobody holds; the caller does from now on.
+fn abandoned(parent: &Path) -> Vec<(Id, File)> {
+    let Ok(_no_create) = lock(parent, FlockOperation::LockExclusive) else { return Vec::new() };
     let Ok(entries) = fs::read_dir(parent) else { return Vec::new() };
     entries
         .filter_map(|entry| {
             let entry = entry.ok()?;
-            let lock = File::open(entry.path()).ok()?;
-            flock(&lock, FlockOperation::NonBlockingLockExclusive).ok()?;
-            entry.file_name().to_str()?.parse().ok()
+            let lock = lock(&entry.path(), FlockOperation::NonBlockingLockExclusive).ok()?;
+            Some((entry.file_name().to_str()?.parse().ok()?, lock))
         })
         .collect()
+}
+
+fn lock(directory: &Path, how: FlockOperation) -> io::Result<File> {
+    let file = File::open(directory)?;
+    rustix::io::retry_on_intr(|| flock(&file, how))?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -142,9 +151,33 @@ mod tests {
         let (alive, dead): (Id, Id) = ("alive".parse().unwrap(), "dead".parse().unwrap());
         let held = Workdir::create_in(dir.path(), &alive).unwrap();
         fs::create_dir(dir.path().join(dead.as_str())).unwrap();
-        assert_eq!(abandoned(dir.path()), [dead]);
+        let found = abandoned(dir.path());
+        assert_eq!(found.iter().map(|(id, _)| id).collect::<Vec<_>>(), [&dead]);
+        // Who found it has it.
+        assert!(abandoned(dir.path()).is_empty());
         assert!(Workdir::create_in(dir.path(), &alive).is_err());
         drop(held);
         assert!(!dir.path().join("alive").exists());
+    }
+
+    #[test]
+    fn a_directory_that_is_being_made_is_not_abandoned() {
+        let dir = tempfile::tempdir().unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let sweeper = scope.spawn(|| {
+                let mut found = 0;
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    found += abandoned(dir.path()).len();
+                }
+                found
+            });
+            for n in 0..500 {
+                let id = format!("c{n}").parse().unwrap();
+                Workdir::create_in(dir.path(), &id).unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(sweeper.join().unwrap(), 0);
+        });
     }
 }
