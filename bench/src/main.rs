@@ -1,9 +1,11 @@
-//! Measures what `SPECIFICATION.md` promises: `make bench`, or `kata-bench [short|sysbench] [runs]`.
+//! Measures what `SPECIFICATION.md` promises: `make bench`, or `kata-bench [short|load|sysbench] [runs]`.
 //!
 //! Ours and runc take turns, so that a noisy machine disturbs both alike; figures are
 //! medians, and promises are ratios wherever the machine would decide an absolute one.
 
+mod burst;
 mod clones;
+mod load;
 mod memory;
 mod plot;
 mod pods;
@@ -38,22 +40,30 @@ fn main() -> ExitCode {
 
 fn measure(arena: &Arena) -> Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    let named = |name: &str| arguments.first().is_some_and(|first| first == name);
-    let (only_sysbench, short) = (named("sysbench"), named("short"));
-    if only_sysbench || short {
-        arguments.remove(0);
-    }
+    let mut named = |name: &str| {
+        let named = arguments.first().is_some_and(|first| first == name);
+        if named {
+            arguments.remove(0);
+        }
+        named
+    };
+    let (short, only_load, only_sysbench) = (named("short"), named("load"), named("sysbench"));
     let runs = match arguments.first() {
         Some(text) => text.parse().with_context(|| format!("{text} is no number of runs"))?,
-        None if only_sysbench || short => 3,
+        None if short || only_sysbench => 3,
         None => 15,
     };
     assets::install()?;
     let probe = assets::beside("kata-e2e-probe")?;
     let mut report = Report::new(runs)?;
-    if only_sysbench {
+    if only_sysbench || only_load {
         let docker = Docker::start(arena, OURS, &probe)?;
-        sysbench::measure(arena, &docker, runs, &mut report)?;
+        if only_sysbench {
+            sysbench::measure(arena, &docker, runs, &mut report)?;
+        } else {
+            load::measure(&docker, &mut report)?;
+            burst::measure(&docker, &[10, 20], &mut report)?;
+        }
         return report.finish();
     }
     {
@@ -67,6 +77,8 @@ fn measure(arena: &Arena) -> Result<()> {
         if !short {
             memory::by_number(&docker, "", "container", &[1, 5, 10, 20], &mut report)?;
             stdio::measure(&docker, &mut report)?;
+            load::measure(&docker, &mut report)?;
+            burst::measure(&docker, &[10, 20], &mut report)?;
         }
     }
     oci_exec(arena, &probe, runs, &mut report)?;
