@@ -21,7 +21,7 @@ use anyhow::{Context, Result};
 use kata_e2e::arena::{self, Arena};
 use kata_e2e::assets;
 use kata_e2e::command;
-use kata_e2e::docker::{Docker, IMAGE};
+use kata_e2e::docker::{Docker, IMAGE, RUNSC};
 use kata_e2e::oci::Oci;
 use report::{Distribution, Report};
 
@@ -98,6 +98,12 @@ fn docker_run(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
     let line = |runtime: &str| format!("run --rm --runtime {runtime} {IMAGE} true");
     let [ours, theirs] = in_turn(runs, |runtime| timed(docker, &line(runtime)))?;
     report.compare("docker run --rm busybox true, cold", &ours, &theirs, Some(4.0));
+    if docker.has_runsc() {
+        let [runsc, theirs] = in_turn(runs, |which| {
+            timed(docker, &line(if which == THEIRS { THEIRS } else { RUNSC }))
+        })?;
+        report.compare_runsc("docker run --rm busybox true, gVisor's runsc", &runsc, &theirs);
+    }
     Ok(())
 }
 

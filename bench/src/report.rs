@@ -68,6 +68,8 @@ struct Row {
     ours: Option<Distribution>,
     #[serde(skip_serializing_if = "Option::is_none")]
     runc: Option<Distribution>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runsc: Option<Distribution>,
 }
 
 /// All figures of one run.
@@ -106,7 +108,16 @@ impl Report {
             each: "ms",
             ours: Some(*ours),
             runc: Some(*runc),
+            runsc: None,
         });
+    }
+
+    /// The same ratio of gVisor's, to compare ours with.
+    pub fn compare_runsc(&mut self, what: &str, runsc: &Distribution, runc: &Distribution) {
+        self.compare(what, runsc, runc, None);
+        if let Some(row) = self.rows.last_mut() {
+            row.runsc = row.ours.take();
+        }
     }
 
     /// A ratio of medians of rates, of which more is better.
@@ -135,6 +146,7 @@ impl Report {
             each: "ms",
             ours: Some(ours),
             runc: None,
+            runsc: None,
         });
     }
 
@@ -142,7 +154,8 @@ impl Report {
     pub fn value(&mut self, what: &str, value: f64, unit: &'static str, bound: Option<f64>) {
         let what = what.to_owned();
         let bound = bound.map(Bound::AtMost);
-        self.rows.push(Row { what, value, unit, bound, each: "", ours: None, runc: None });
+        let (ours, runc, runsc) = (None, None, None);
+        self.rows.push(Row { what, value, unit, bound, each: "", ours, runc, runsc });
     }
 
     /// Prints the table and writes `build/bench.json`.
@@ -151,7 +164,7 @@ impl Report {
         for row in &self.rows {
             let bound = row.bound.map_or(String::new(), |bound| bound.verdict(row.value));
             println!("{:48} {:9.2} {:6}{bound}", row.what, row.value, row.unit);
-            for (name, times) in [("ours", row.ours), ("runc", row.runc)] {
+            for (name, times) in [("ours", row.ours), ("runsc", row.runsc), ("runc", row.runc)] {
                 if let Some(t) = times {
                     let Distribution { min, median, p95, .. } = t;
                     println!(

@@ -48,6 +48,10 @@ pub struct Docker {
     log: PathBuf,
 }
 
+/// gVisor's runtime, a further one where it is installed: to compare with.
+pub const RUNSC: &str = "runsc";
+const RUNSC_PROGRAM: &str = "/usr/bin/runsc";
+
 static NAMES: AtomicU32 = AtomicU32::new(0);
 
 impl Docker {
@@ -81,6 +85,11 @@ impl Docker {
         if runtime != "runc" {
             config["default-runtime"] = json!(runtime);
             config["runtimes"][runtime] = json!({ "path": crate::assets::RUNTIME });
+            if Path::new(RUNSC_PROGRAM).exists() {
+                let arguments = ["--platform=ptrace"];
+                config["runtimes"][RUNSC] =
+                    json!({ "path": RUNSC_PROGRAM, "runtimeArgs": arguments });
+            }
             for (name, text) in CHOICES {
                 let file = arena.work.join(format!("{name}.toml"));
                 fs::write(&file, text)?;
@@ -106,6 +115,11 @@ impl Docker {
         docker.wait_until_up()?;
         docker.import(probe)?;
         Ok(docker)
+    }
+
+    /// Whether there is a runtime [`RUNSC`].
+    pub fn has_runsc(&self) -> bool {
+        self.is_kata() && Path::new(RUNSC_PROGRAM).exists()
     }
 
     fn wait_until_up(&mut self) -> Result<()> {
