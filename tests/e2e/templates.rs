@@ -163,7 +163,7 @@ fn clone_serves_its_network(templates: &Templates) -> Result<()> {
     let page = http::page(&format!("127.0.0.1:{port}"))?;
     ensure!(page.ends_with("hello from the image\n"), "{page}");
     let address = server.address("bridge")?;
-    let seen = other.exec(&format!("wget -qO- http://{address}/"))?;
+    let seen = other.exec(&format!("fetch http://{address}/"))?;
     ensure!(seen == "hello from the image", "{seen}");
     let net = docker.name();
     docker.ok(&format!("network create {net}"))?;

@@ -43,8 +43,17 @@ pub fn busybox_rootfs(root: &Path, probe: &Path) -> Result<()> {
     fs::create_dir_all(root.join("home/alice"))?;
     std::os::unix::fs::chown(root.join("home/alice"), Some(1000), Some(1000))?;
     fs::write(root.join("bin/not-a-program"), "no program\n")?;
+    let fetch = root.join("bin/fetch");
+    fs::write(&fetch, FETCH)?;
+    fs::set_permissions(&fetch, PermissionsExt::from_mode(0o755))?;
     Ok(())
 }
+
+/// `fetch URL`: the page, from a server that may just be starting.
+const FETCH: &str = "#!/bin/sh
+for i in $(seq 300); do wget -qO- \"$1\" 2>/dev/null && exit; sleep 0.1; done
+exec wget -qO- \"$1\"
+";
 
 /// Writes `root` as a tar archive, as `docker import` takes it.
 pub fn archive(root: &Path, tar: &Path) -> Result<PathBuf> {

@@ -120,7 +120,7 @@ fn server<'a>(cri: &'a Cri, network: &str) -> Result<(Pod<'a>, String)> {
 fn expect_page_from_another_pod(cri: &Cri, network: &str, address: &str) -> Result<()> {
     let pod = cri.run_pod(cri.pod_config()?, network)?;
     let client = pod.run("client", "exec sleep 1000000")?;
-    let seen = client.exec(&format!("wget -qO- http://{address}/"))?;
+    let seen = client.exec(&format!("fetch http://{address}/"))?;
     ensure!(seen == PAGE, "{seen}");
     Ok(())
 }
@@ -132,7 +132,7 @@ fn bridge_answers_from_host_and_from_another_pod(cri: &Cri) -> Result<()> {
     expect_page_from_another_pod(cri, "", &address)?;
     // Its name for itself.
     let client = pod.run("client", "exec sleep 1000000")?;
-    let seen = client.exec("wget -qO- http://127.0.0.1/; ip -4 -o addr show eth0")?;
+    let seen = client.exec("fetch http://127.0.0.1/; ip -4 -o addr show eth0")?;
     ensure!(seen.contains(PAGE) && seen.contains(&format!("inet {address}/16")), "{seen}");
     Ok(())
 }
@@ -183,7 +183,7 @@ fn several_interfaces_are_there(cri: &Cri) -> Result<()> {
     let other = cri.run_pod(cri.pod_config()?, "two")?;
     let client = other.run("client", "exec sleep 1000000")?;
     let second = container.exec("ip -4 -o addr show eth1 | awk '{ print $4 }' | cut -d/ -f1")?;
-    let seen = client.exec(&format!("wget -qO- http://{second}/"))?;
+    let seen = client.exec(&format!("fetch http://{second}/"))?;
     ensure!(seen == PAGE, "{seen}");
     Ok(())
 }

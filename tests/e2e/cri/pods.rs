@@ -34,9 +34,8 @@ fn containers_share_network_name_and_ipc(cri: &Cri) -> Result<()> {
     let first = pod.run("first", SLEEP)?;
     let second = pod.run("second", SLEEP)?;
     first.exec("echo shared > /dev/shm/x")?;
-    let seen = second.exec(
-        "hostname; wget -qO- http://127.0.0.1/; cat /dev/shm/x; ls /proc | grep -c '^[0-9]*$'",
-    )?;
+    let seen = second
+        .exec("hostname; fetch http://127.0.0.1/; cat /dev/shm/x; ls /proc | grep -c '^[0-9]*$'")?;
     let lines: Vec<_> = seen.lines().collect();
     ensure!(lines[..3] == [&pod.config.hostname, "hello from the image", "shared"], "{seen}");
     // Its own processes only: sleep, the shell, ls, grep.
@@ -101,7 +100,7 @@ fn container_is_restarted_while_its_pod_lives(cri: &Cri) -> Result<()> {
         let container = pod.run_config(config)?;
         ids.push(container.id.clone());
         container.until_logged("up")?;
-        container.exec("wget -qO- http://127.0.0.1/")?;
+        container.exec("fetch http://127.0.0.1/")?;
         container.stop(60)?;
         ensure!(container.wait()? == 5);
         container.remove()?;

@@ -71,7 +71,7 @@ fn macvtap_carries_networks(docker: &Docker) -> Result<()> {
     let address = server.address("bridge")?;
     let script = format!(
         "ip -4 addr show eth0 | grep -o 'inet [0-9.]*'; gw=$(ip route | awk '/default/ {{ print $3 }}'); \
-         ping -c1 -W20 $gw > /dev/null && echo gateway; wget -qO- http://{address}/"
+         ping -c1 -W20 $gw > /dev/null && echo gateway; fetch http://{address}/"
     );
     let seen = docker.sh("--runtime kata-macvtap", &script)?;
     ensure!(
@@ -91,7 +91,7 @@ fn macvtap_serves_a_network_that_is_joined_late(docker: &Docker) -> Result<()> {
     })?;
     let options = format!("--runtime kata-macvtap --network {}", network.name);
     let server = docker.detached(&options, SERVE)?;
-    let page = container.exec(&format!("wget -qO- http://{}/", server.address(&network.name)?))?;
+    let page = container.exec(&format!("fetch http://{}/", server.address(&network.name)?))?;
     ensure!(page == "hello from the image", "{page}");
     Ok(())
 }

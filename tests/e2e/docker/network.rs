@@ -33,7 +33,7 @@ fn default_bridge_reaches_gateway_and_neighbour(docker: &Docker) -> Result<()> {
     let address = server.address("bridge")?;
     let script = format!(
         "ip -4 addr show eth0 | grep -o 'inet [0-9.]*'; gw=$(ip route | awk '/default/ {{ print $3 }}'); \
-         ping -c1 -W20 $gw > /dev/null && echo gateway; wget -qO- http://{address}/"
+         ping -c1 -W20 $gw > /dev/null && echo gateway; fetch http://{address}/"
     );
     let seen = docker.sh("", &script)?;
     ensure!(
@@ -82,7 +82,7 @@ fn published_udp_port_answers(docker: &Docker) -> Result<()> {
 fn user_network_resolves_names(docker: &Docker) -> Result<()> {
     let network = docker.network("")?;
     let server = docker.detached(&format!("--network {}", network.name), SERVE)?;
-    let script = format!("wget -qO- http://{}/; nslookup {}", server.name, server.name);
+    let script = format!("fetch http://{}/; nslookup {}", server.name, server.name);
     let seen = docker.sh(&format!("--network {}", network.name), &script)?;
     ensure!(seen.starts_with("hello from the image"), "{seen}");
     ensure!(seen.contains(&server.address(&network.name)?), "{seen}");
@@ -100,7 +100,7 @@ fn ipv6_network_works(docker: &Docker) -> Result<()> {
         .to_owned();
     ensure!(address.starts_with("fd00:6b61:7461:"), "{address}");
     let script = format!(
-        "ip -6 addr show eth0 | grep -c 'inet6 fd00:6b61:7461:'; wget -qO- 'http://[{address}]/'"
+        "ip -6 addr show eth0 | grep -c 'inet6 fd00:6b61:7461:'; fetch 'http://[{address}]/'"
     );
     let seen = docker.sh(&options, &script)?;
     ensure!(seen == "1\nhello from the image", "{seen}");
@@ -116,8 +116,7 @@ fn several_networks_give_several_interfaces(docker: &Docker) -> Result<()> {
     ensure!(seen == "2", "{seen}");
     for network in [&one, &two] {
         let server = docker.detached(&format!("--network {}", network.name), SERVE)?;
-        let seen =
-            container.exec(&format!("wget -qO- http://{}/", server.address(&network.name)?))?;
+        let seen = container.exec(&format!("fetch http://{}/", server.address(&network.name)?))?;
         ensure!(seen == "hello from the image", "{seen}");
     }
     Ok(())

@@ -24,8 +24,7 @@ fn containers_of_a_pod_share_network_name_and_ipc(podman: &Podman) -> Result<()>
     let server = podman.in_pod(&pod, "", SERVE)?;
     podman.ok(&format!("exec {server} sh -c 'echo shared > /dev/shm/x'"))?;
     let line = format!("run --rm --pod {} busybox", pod.name);
-    let script =
-        "hostname; wget -qO- http://127.0.0.1/; cat /dev/shm/x; ls /proc | grep -c '^[0-9]*$'";
+    let script = "hostname; fetch http://127.0.0.1/; cat /dev/shm/x; ls /proc | grep -c '^[0-9]*$'";
     let output = podman.shell(&line, script)?.expect_code(0)?;
     let seen = output.out();
     let lines: Vec<_> = seen.lines().collect();
@@ -64,7 +63,7 @@ fn container_restarts_while_its_pod_lives(podman: &Podman) -> Result<()> {
         podman.ok(&format!("stop -t 60 {name}"))?;
         podman.until(&name, "exited")?;
         podman.ok(&format!("start {name}"))?;
-        podman.ok(&format!("exec {name} wget -qO- http://127.0.0.1/"))?;
+        podman.ok(&format!("exec {name} fetch http://127.0.0.1/"))?;
     }
     podman.ok(&format!("rm -f -t 0 {name}"))?;
     podman.ok(&format!("exec {stays} true"))?;
@@ -77,7 +76,7 @@ fn pod_stops_and_starts_again(podman: &Podman) -> Result<()> {
     podman.ok(&format!("pod stop -t 1 {}", pod.name))?;
     podman.until(&name, "exited")?;
     podman.ok(&format!("pod start {}", pod.name))?;
-    let seen = podman.ok(&format!("exec {name} wget -qO- http://127.0.0.1/"))?;
+    let seen = podman.ok(&format!("exec {name} fetch http://127.0.0.1/"))?;
     ensure!(seen == "hello from the image", "{seen}");
     podman.ok(&format!("pod rm -f -t 0 {}", pod.name))?;
     ensure!(podman.cmd(&format!("pod exists {}", pod.name))?.code == 1);
@@ -124,7 +123,7 @@ fn pod_of_a_kubernetes_file_runs(podman: &Podman) -> Result<()> {
     fs::write(&file, FILE)?;
     podman.ok(&format!("play kube {}", file.display()))?;
     let result = (|| {
-        let seen = podman.ok("exec from-file-other wget -qO- http://127.0.0.1/page")?;
+        let seen = podman.ok("exec from-file-other fetch http://127.0.0.1/page")?;
         ensure!(seen == "prepared", "{seen}");
         Ok(())
     })();
