@@ -85,6 +85,7 @@ fn config(directory: &tempfile::TempDir, what: &str) -> VmConfig {
         channel: ChannelKind::Serial,
         start: Start::Boot,
         jail: true,
+        netns: None,
         uid: 200_000 + NEXT.fetch_add(1, Ordering::Relaxed),
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kata_jail::role::Invocation;
-use kata_jail::{Bind, Capability, Jail, Launch, Role, Seccomp, Violation};
+use kata_jail::{Bind, Capability, Jail, Launch, Network, Role, Seccomp, Violation};
 use serde_json::{Value, json};
 
 kata_jail::roles_before_main!(play);
@@ -177,11 +177,15 @@ fn listed_capabilities_survive_the_change_of_user_and_the_exec() {
 }
 
 #[test]
-fn the_network_is_the_hosts_only_when_asked() {
+fn the_network_namespace_is_the_one_that_was_handed_over() {
+    const AT: i32 = 9;
     let mut jail = jail();
-    (jail.proc, jail.network) = (true, true);
+    (jail.proc, jail.network) = (true, Network::Joined(AT));
+    let own = std::fs::File::open("/proc/self/ns/net").unwrap();
+    let (stdout, stderr, status) = run(probe("report", jail).fd(own.into(), AT));
+    assert!(status.success(), "{stderr}");
     let here = std::fs::read_to_string("/proc/self/net/dev").unwrap().lines().skip(2).count();
-    assert_eq!(seen(jail)["interfaces"], here);
+    assert_eq!(serde_json::from_str::<Value>(&stdout).unwrap()["interfaces"], here);
 }
 
 #[test]
