@@ -86,7 +86,9 @@ impl Docker {
             config["default-runtime"] = json!(runtime);
             config["runtimes"][runtime] = json!({ "path": crate::assets::RUNTIME });
             if Path::new(RUNSC_PROGRAM).exists() {
-                let arguments = ["--platform=ptrace"];
+                // Debian 12's takes every network namespace of a new kernel for the host's, and
+                // refuses it: it runs without its network stack.
+                let arguments = ["--platform=ptrace", "--network=none"];
                 config["runtimes"][RUNSC] =
                     json!({ "path": RUNSC_PROGRAM, "runtimeArgs": arguments });
             }
