@@ -39,7 +39,7 @@ fn main() -> io::Result<()> {
 }
 
 fn files(directory: &Path) -> io::Result<Value> {
-    let directory = directory.join("load");
+    let directory = directory.join("measured");
     let make = |range: std::ops::Range<usize>| {
         range.into_iter().try_for_each(|n| {
             let part = directory.join((n / 500).to_string());
