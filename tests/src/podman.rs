@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -27,12 +28,13 @@ pub struct Podman {
     pub runtime: &'static str,
     /// The private machine.
     pub arena: Arena,
+    named: Mutex<()>,
 }
 
 impl Podman {
     /// Writes the configuration and imports the image.
     pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Self> {
-        let podman = Self { runtime, arena: arena.clone() };
+        let podman = Self { runtime, arena: arena.clone(), named: Mutex::default() };
         podman.configure()?;
         let root = arena.dir("podman-image")?;
         if !root.join("bin/busybox").exists() {
@@ -119,6 +121,16 @@ impl Podman {
     /// The flag by which a container's cgroup is one that is looked at in the end.
     pub fn parent(&self) -> String {
         format!("--cgroup-parent /{}", self.arena.name)
+    }
+
+    /// Held by who uses a network whose containers are found by name.
+    ///
+    /// Podman's one name server reads the files of all such networks whenever a container comes
+    /// or goes. Debian 12's (aardvark-dns 1.4) ends when a file it has just listed is gone, which
+    /// is what the end of another network's last container does. Until the next container starts
+    /// nobody answers, whatever the runtime is.
+    pub fn named_network(&self) -> MutexGuard<'_, ()> {
+        self.named.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A name nothing else here has.

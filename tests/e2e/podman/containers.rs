@@ -187,6 +187,7 @@ fn published_port_answers(podman: &Podman) -> Result<()> {
 }
 
 fn user_network_resolves_names(podman: &Podman) -> Result<()> {
+    let _alone = podman.named_network();
     let network = podman.name();
     podman.ok(&format!("network create {network}"))?;
     let result = (|| {

@@ -121,6 +121,7 @@ spec:
 fn pod_of_a_kubernetes_file_runs(podman: &Podman) -> Result<()> {
     let file = podman.arena.dir(&podman.name())?.join("pod.yaml");
     fs::write(&file, FILE)?;
+    let _alone = podman.named_network();
     podman.ok(&format!("play kube {}", file.display()))?;
     let result = (|| {
         let seen = podman.ok("exec from-file-other fetch http://127.0.0.1/page")?;
