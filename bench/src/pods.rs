@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use kata_e2e::arena::Arena;
-use kata_e2e::containerd::Containerd;
+use kata_e2e::containerd::{Containerd, Programs};
 use kata_e2e::cri::{Cri, Pod};
 
 use crate::memory;
@@ -47,7 +47,7 @@ fn start(arena: &Arena, probe: &Path) -> Result<Cri> {
         handler("kata", "io.containerd.kata.v2"),
         handler("runc", "io.containerd.runc.v2"),
     );
-    Cri::new(Containerd::start(arena, OURS, probe, &lines)?)
+    Cri::new(Containerd::start(arena, OURS, probe, Programs::installed(), &lines)?)
 }
 
 fn handler(runtime: &str) -> &'static str {

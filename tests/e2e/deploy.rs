@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use kata_e2e::arena::Arena;
 use kata_e2e::assets;
 use kata_e2e::command;
-use kata_e2e::containerd::Containerd;
+use kata_e2e::containerd::{Containerd, Programs};
 use kata_e2e::cri::Cri;
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
@@ -29,6 +29,7 @@ pub fn start(arena: &Arena, probe: &Path) -> Result<Cri> {
         arena,
         "kata-runtime",
         probe,
+        Programs::installed(),
         "    conf_dir = \"/etc/cni/net.d\"\n",
     )?)
 }

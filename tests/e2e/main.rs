@@ -21,7 +21,7 @@ use std::time::Instant;
 use anyhow::Result;
 use kata_e2e::arena::{self, Arena};
 use kata_e2e::assets;
-use kata_e2e::containerd::Containerd;
+use kata_e2e::containerd::{Containerd, Programs};
 use kata_e2e::docker::Docker;
 use kata_e2e::leaks::Snapshot;
 use kata_e2e::oci::Oci;
@@ -97,13 +97,29 @@ impl Suites<'_> {
             Podman::start(arena, runtime, probe)
         });
         self.one(&named("containerd"), runtime, containerd::trials(), |arena| {
-            Containerd::start(arena, runtime, probe, "")
+            Containerd::start(arena, runtime, probe, Programs::installed(), "")
         });
-        self.one(&named("cri"), runtime, cri::trials(), |arena| cri::start(arena, runtime, probe));
+        self.one(&named("cri"), runtime, cri::trials(), |arena| {
+            cri::start(arena, runtime, probe, cri::Daemon::Installed)
+        });
+        if runtime != "runc" {
+            // The trials are the same, and proved.
+            self.one(&named("cri2"), runtime, cri::trials_of_pods(), |arena| {
+                cri::start(arena, runtime, probe, cri::Daemon::Two)
+            });
+            self.one(&named("sandbox-api"), runtime, cri::trials(), |arena| {
+                cri::start(arena, runtime, probe, cri::Daemon::SandboxApi)
+            });
+        }
         let threads = std::mem::replace(&mut self.threads, 1);
         self.one(&named("cri"), runtime, cri::lonely_trials(), |arena| {
-            cri::start(arena, runtime, probe)
+            cri::start(arena, runtime, probe, cri::Daemon::Installed)
         });
+        if runtime != "runc" {
+            self.one(&named("sandbox-api"), runtime, cri::lonely_trials(), |arena| {
+                cri::start(arena, runtime, probe, cri::Daemon::SandboxApi)
+            });
+        }
         self.one(&named("templates"), runtime, templates::trials(), |arena| {
             templates::start(arena, runtime, probe)
         });

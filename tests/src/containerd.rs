@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::arena::Arena;
 use crate::command::{self, Output, PATIENCE, words};
+use crate::runner::Skip;
 use crate::{assets, images};
 
 /// The image that trials use.
@@ -33,8 +34,41 @@ pub struct Containerd {
     pub runtime: &'static str,
     /// The private machine it runs on.
     pub arena: Arena,
+    programs: Programs,
     daemon: Mutex<Child>,
     log: PathBuf,
+}
+
+/// Which containerd, and where it keeps what it has.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// Where it is; none: where all programs are.
+    dir: Option<PathBuf>,
+    root: &'static str,
+}
+
+impl Programs {
+    /// The system's.
+    pub fn installed() -> Self {
+        Self { dir: None, root: "containerd" }
+    }
+
+    /// containerd 2, from where `KATA_E2E_CONTAINERD2` says (see `scripts/containerd2`).
+    pub fn containerd_2() -> Result<Self> {
+        let named = std::env::var_os("KATA_E2E_CONTAINERD2").filter(|dir| !dir.is_empty());
+        let none = "KATA_E2E_CONTAINERD2 names no containerd 2; scripts/containerd2 fetches one";
+        let dir = named.map(PathBuf::from).ok_or(Skip(none))?;
+        Ok(Self { dir: Some(dir), root: "containerd2" })
+    }
+
+    fn command(&self, name: &str) -> Command {
+        let Some(dir) = &self.dir else { return Command::new(name) };
+        let mut command = Command::new(dir.join(name));
+        // It looks for its shims where it looks for everything.
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", dir.display()));
+        command
+    }
 }
 
 impl Containerd {
@@ -44,13 +78,15 @@ impl Containerd {
         arena: &Arena,
         runtime: &'static str,
         probe: &Path,
+        programs: Programs,
         handlers: &str,
     ) -> Result<Self> {
+        let root = arena.work.join(programs.root);
         fs::create_dir_all("/etc/containerd")?;
-        fs::write("/etc/containerd/config.toml", configuration(arena, handlers))?;
-        let log = arena.work.join(format!("containerd-{runtime}.log"));
-        let daemon = Mutex::new(spawn(&log)?);
-        let containerd = Self { runtime, arena: arena.clone(), daemon, log };
+        fs::write("/etc/containerd/config.toml", configuration(&root, handlers))?;
+        let log = arena.work.join(format!("{}-{runtime}.log", programs.root));
+        let daemon = Mutex::new(spawn(&programs, &log)?);
+        let containerd = Self { runtime, arena: arena.clone(), programs, daemon, log };
         containerd.wait_until_up()?;
         containerd.import(probe)?;
         Ok(containerd)
@@ -80,8 +116,11 @@ impl Containerd {
         for namespace in [self.arena.name.as_str(), CRI] {
             self.in_namespace(namespace, &format!("images import {}", archive.display()))?;
         }
-        let native = format!("images import --snapshotter native {}", archive.display());
-        self.in_namespace(&self.arena.name, &native)?;
+        // containerd 2 takes a snapshotter here only with the platform; nobody needs it there.
+        if self.programs.dir.is_none() {
+            let native = format!("images import --snapshotter native {}", archive.display());
+            self.in_namespace(&self.arena.name, &native)?;
+        }
         let root = self.arena.dir("containerd-pause")?;
         fs::copy(assets::beside("kata-e2e-pause")?, root.join("pause"))?;
         let config = json!({ "Entrypoint": ["/pause"] });
@@ -90,7 +129,7 @@ impl Containerd {
     }
 
     fn in_namespace(&self, namespace: &str, line: &str) -> Result<()> {
-        let mut ctr = Command::new("ctr");
+        let mut ctr = self.programs.command("ctr");
         command::ok(ctr.args(["--namespace", namespace]).args(words(line))).map(drop)
     }
 
@@ -114,7 +153,7 @@ impl Containerd {
     /// `ctr line`, to be run by the caller, in a namespace named as the arena: so are then the
     /// containers' cgroups.
     pub fn ctr(&self, line: &str) -> Command {
-        let mut ctr = Command::new("ctr");
+        let mut ctr = self.programs.command("ctr");
         ctr.args(["--namespace", &self.arena.name]).args(words(line));
         ctr
     }
@@ -172,7 +211,7 @@ impl Containerd {
     /// Stops the daemon as an upgrade would, and starts it again; containers live on.
     pub fn restart(&self) -> Result<()> {
         self.stop()?;
-        *self.daemon() = spawn(&self.log)?;
+        *self.daemon() = spawn(&self.programs, &self.log)?;
         self.wait_until_up()
     }
 
@@ -193,9 +232,10 @@ impl Drop for Containerd {
     }
 }
 
-fn spawn(log: &Path) -> Result<Child> {
+fn spawn(programs: &Programs, log: &Path) -> Result<Child> {
     let output = File::options().create(true).append(true).open(log)?;
-    Command::new("containerd")
+    programs
+        .command("containerd")
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
@@ -203,8 +243,7 @@ fn spawn(log: &Path) -> Result<Child> {
         .context("start containerd (package containerd)")
 }
 
-fn configuration(arena: &Arena, handlers: &str) -> String {
-    let root = arena.work.join("containerd");
+fn configuration(root: &Path, handlers: &str) -> String {
     let root = root.display();
     format!(
         r#"version = 2

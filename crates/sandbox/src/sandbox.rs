@@ -85,6 +85,21 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// The container that it is about.
+    pub fn container(&self) -> &Id {
+        match self {
+            Self::Created { container, .. }
+            | Self::Deleted { container, .. }
+            | Self::Paused { container, .. }
+            | Self::OutOfMemory { container } => container,
+            Self::Started { process, .. }
+            | Self::ExecAdded { process }
+            | Self::Exit { process, .. } => &process.container,
+        }
+    }
+}
+
 /// Who hears of events: called at once, in order, and must not wait.
 pub type EventSink = Box<dyn Fn(Event) + Send + Sync>;
 
@@ -220,9 +235,9 @@ impl Sandbox {
             PodRole::of(&container.spec.annotations).is_ok_and(|role| role == PodRole::Sandbox)
         };
         let sandbox = containers.iter().find(stands);
-        (!containers.is_empty()).then(|| Pod {
-            pids: containers.iter().map(|container| container.init.pid).collect(),
-            sysctls: sandbox.map(|c| c.spec.linux().sysctl.clone()).unwrap_or_default(),
+        (!containers.is_empty()).then(|| {
+            let pids = containers.iter().map(|container| container.init.pid).collect();
+            Pod::of(sandbox.map(|container| &container.spec), pids)
         })
     }
 

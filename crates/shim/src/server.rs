@@ -2,12 +2,14 @@
 
 use crate::client::{ATTACH_FD, TASK_FD};
 use crate::connections::Connections;
-use crate::containerd::Engine;
 use crate::containerd::events::Publisher;
 use crate::containerd::log::LogPipe;
+use crate::containerd::{Engine, SandboxService};
 use crate::stand_ins::{StandIns, nonblocking};
-use crate::task::{TaskServer, TaskService};
+use crate::stats;
+use crate::task::TaskService;
 use anyhow::Context;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use kata_sandbox::Sandbox;
 use serde::{Deserialize, Serialize};
@@ -15,6 +17,7 @@ use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Notify;
 use ttrpc::asynchronous::{Server, Service};
 
@@ -27,6 +30,34 @@ pub struct ServerArgs {
     pub engine: Option<Engine>,
     /// What is logged, as `KATA_LOG` says it.
     pub log: Option<String>,
+}
+
+/// How long the engine may take for the last events of a sandbox.
+const LAST_EVENTS: Duration = Duration::from_secs(1);
+
+/// What the services of a server have in common.
+pub(crate) struct Parts {
+    pub sandbox: Arc<Sandbox>,
+    pub stand_ins: Arc<StandIns>,
+    pub publisher: Publisher,
+    /// The containerd whose shim it is.
+    pub engine: Option<Engine>,
+    pub connections: Connections,
+    /// Metrics are of cgroup v2's kind.
+    pub unified: bool,
+    /// Told when the server is to end.
+    pub over: Notify,
+}
+
+impl Parts {
+    /// Ends sandbox and server, once nothing is in it; `now`, whatever is.
+    pub(crate) async fn end(&self, now: bool) {
+        if self.sandbox.shutdown(now).await {
+            // Once it is answered, nobody looks after us any more.
+            self.publisher.flush(LAST_EVENTS).await;
+            self.over.notify_one();
+        }
+    }
 }
 
 /// Names under which engines know the Task API; the messages are the same.
@@ -60,31 +91,34 @@ async fn serve(args: ServerArgs, task: OwnedFd, attach: Option<OwnedFd>) -> anyh
         tokio::spawn(Arc::clone(&stand_ins).serve(attach, Arc::clone(&sandbox)));
     }
     let connections = Connections::default();
-    let over = Arc::new(Notify::new());
-    let service = TaskService::new(TaskServer {
+    let parts = Arc::new(Parts {
         sandbox,
         stand_ins,
         publisher,
+        unified: args.engine.is_some() && stats::host_is_unified(),
         engine: args.engine,
         connections: connections.clone(),
-        over: Arc::clone(&over),
+        over: Notify::new(),
     });
     let listener = connections.listener(UnixListener::from(nonblocking(task)?))?;
-    let mut server =
-        Server::new().add_listener(listener).register_service(services(Arc::new(service)));
+    let mut server = Server::new().add_listener(listener).register_service(services(&parts));
     server.start().await.context("cannot serve the task API")?;
-    over.notified().await;
+    parts.over.notified().await;
     // The answer to Shutdown is on its way: let it out.
     server.shutdown().await.context("cannot end the task API")
 }
 
-fn services(service: Arc<TaskService>) -> HashMap<String, Service> {
-    SERVICES
-        .iter()
-        .flat_map(|name| {
-            create_task(service.clone()).into_values().map(|s| ((*name).to_owned(), s))
-        })
-        .collect()
+fn services(parts: &Arc<Parts>) -> HashMap<String, Service> {
+    let tasks = Arc::new(TaskService::new(Arc::clone(parts)));
+    let tasks = SERVICES.iter().flat_map(|name| {
+        create_task(tasks.clone()).into_values().map(|service| ((*name).to_owned(), service))
+    });
+    // The OCI command line has no use for it.
+    let sandboxes = parts
+        .engine
+        .is_some()
+        .then(|| create_sandbox(Arc::new(SandboxService::new(Arc::clone(parts)))));
+    tasks.chain(sandboxes.into_iter().flatten()).collect()
 }
 
 /// Logs go to standard error, which is the sandbox's log file, and to containerd's log.

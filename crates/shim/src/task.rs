@@ -1,11 +1,8 @@
 //! containerd's Task API over a [`Sandbox`]. Every call is a translation, nothing more:
 //! ids are parsed, the sandbox does the work, errors get their ttRPC code in one place.
 
-use crate::connections::Connections;
-use crate::containerd::Engine;
-use crate::containerd::events::Publisher;
 use crate::options::CreateOptions;
-use crate::stand_ins::StandIns;
+use crate::server::Parts;
 use crate::stats;
 use crate::stdio::Owner;
 use async_trait::async_trait;
@@ -20,48 +17,29 @@ use kata_sandbox::{
 };
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::Notify;
+use std::time::{SystemTime, UNIX_EPOCH};
 use ttrpc::asynchronous::TtrpcContext;
 
-type Answer<T> = ttrpc::Result<T>;
-
-/// How long the engine may take for the last events of a sandbox.
-const LAST_EVENTS: Duration = Duration::from_secs(1);
-
-/// What the service needs of its server.
-pub(crate) struct TaskServer {
-    pub sandbox: Arc<Sandbox>,
-    pub stand_ins: Arc<StandIns>,
-    pub publisher: Publisher,
-    /// The containerd whose shim it is.
-    pub engine: Option<Engine>,
-    pub connections: Connections,
-    /// Told when the server is to end.
-    pub over: Arc<Notify>,
-}
+pub(crate) type Answer<T> = ttrpc::Result<T>;
 
 /// The Task service of one sandbox.
 pub(crate) struct TaskService {
-    server: TaskServer,
+    parts: Arc<Parts>,
     /// Containers whose processes have stand-ins.
     with_stand_ins: Mutex<BTreeSet<Id>>,
-    /// Metrics are of cgroup v2's kind.
-    unified: bool,
 }
 
 impl TaskService {
-    pub(crate) fn new(server: TaskServer) -> Self {
-        let unified = server.engine.is_some() && stats::host_is_unified();
-        Self { server, with_stand_ins: Mutex::default(), unified }
+    pub(crate) fn new(parts: Arc<Parts>) -> Self {
+        Self { parts, with_stand_ins: Mutex::default() }
     }
 
     fn sandbox(&self) -> &Arc<Sandbox> {
-        &self.server.sandbox
+        &self.parts.sandbox
     }
 
     fn owner<'a>(&'a self, container: &'a Id) -> Owner<'a> {
-        let namespace = self.server.engine.as_ref().map_or("", |engine| engine.namespace.as_str());
+        let namespace = self.parts.engine.as_ref().map_or("", |engine| engine.namespace.as_str());
         Owner { container, namespace }
     }
 
@@ -75,7 +53,7 @@ impl TaskService {
         }
         let id = id(&request.id)?;
         let mut options = CreateOptions::from_any(request.options.get_or_default());
-        if let (None, Some(engine)) = (&options.config, &self.server.engine) {
+        if let (None, Some(engine)) = (&options.config, &self.parts.engine) {
             options.config.clone_from(&engine.config);
         }
         let mut create = CreateRequest {
@@ -103,7 +81,7 @@ impl TaskService {
             return answer(self.sandbox().create(create).await.map(pid));
         }
         let process = ProcessRef { container: id.clone(), exec: None };
-        let stand_in = self.server.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
+        let stand_in = self.parts.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
         let (host_pid, stdio, bound) = stand_in.into_parts();
         create.stand_in = Some(host_pid);
         create.stdio = stdio;
@@ -125,7 +103,7 @@ impl TaskService {
             let stdio = answer(crate::stdio::open(request.terminal, paths, owner).await)?;
             return answer(self.sandbox().exec(&process, spec, stdio, None).map(|()| empty()));
         }
-        let stand_in = self.server.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
+        let stand_in = self.parts.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
         let (host_pid, stdio, bound) = stand_in.into_parts();
         let added = self.sandbox().exec(&process, spec, stdio, Some(host_pid));
         let _ = bound.send(added.as_ref().map(|_| ()).map_err(SandboxError::text));
@@ -273,7 +251,7 @@ impl Task for TaskService {
     ) -> Answer<api::StatsResponse> {
         let stats = answer(self.sandbox().stats(&id(&request.id)?).await)?;
         Ok(api::StatsResponse {
-            stats: MessageField::some(stats::to_any(&stats, self.unified)),
+            stats: MessageField::some(stats::to_any(&stats, self.parts.unified)),
             ..Default::default()
         })
     }
@@ -295,15 +273,11 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::ShutdownRequest,
     ) -> Answer<api::Empty> {
-        let server = &self.server;
+        let parts = &self.parts;
         // containerd's `delete` gives a server up that it has lost; it has not lost one that
         // somebody is connected to beside this caller.
-        let given_up = request.now && (server.engine.is_none() || server.connections.count() <= 1);
-        if server.sandbox.shutdown(given_up).await {
-            // Once it is answered, nobody looks after us any more.
-            server.publisher.flush(LAST_EVENTS).await;
-            server.over.notify_one();
-        }
+        let given_up = request.now && (parts.engine.is_none() || parts.connections.count() <= 1);
+        parts.end(given_up).await;
         Ok(empty())
     }
 
@@ -320,7 +294,7 @@ fn empty() -> api::Empty {
     api::Empty::default()
 }
 
-fn id(text: &str) -> Answer<Id> {
+pub(crate) fn id(text: &str) -> Answer<Id> {
     text.parse().map_err(|error| refused(&SandboxError::Id(error)))
 }
 
@@ -337,7 +311,7 @@ pub(crate) fn pid(pid: i32) -> u32 {
     pid.unsigned_abs()
 }
 
-fn exited_at(exit: Exit) -> Timestamp {
+pub(crate) fn exited_at(exit: Exit) -> Timestamp {
     timestamp(exit.at)
 }
 
@@ -352,11 +326,11 @@ pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
     }
 }
 
-fn answer<T>(result: Result<T, SandboxError>) -> Answer<T> {
+pub(crate) fn answer<T>(result: Result<T, SandboxError>) -> Answer<T> {
     result.map_err(|error| refused(&error))
 }
 
-fn refused(error: &SandboxError) -> ttrpc::Error {
+pub(crate) fn refused(error: &SandboxError) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(error.status())
 }
 

@@ -9,7 +9,7 @@ mod disk;
 mod pod;
 mod volume;
 
-use kata_oci::{NamespaceKind, Spec};
+use kata_oci::{Mount, NamespaceKind, Spec};
 use kata_protocol::agent::Storage;
 use kata_protocol::{Id, SHARE_MOUNT};
 use serde_json::{Value, json};
@@ -136,12 +136,21 @@ pub fn plan(
         attachments.push(Attachment { at, ..root_of(bundle, spec, rootfs)? });
     }
 
-    for (index, mount) in spec.mounts.iter().enumerate() {
+    let mounts = mounts_of(spec, pod, &mut guest)?;
+    for (index, mount) in mounts.into_iter().enumerate() {
         if mount.destination == Path::new("/etc/resolv.conf") {
             resolv_conf = mount.source.clone();
         }
         let entry = &mut guest["mounts"][index];
         match Volume::of(mount, bundle)? {
+            Volume::InGuest if pod.is_some() && Pod::shares_memory(spec, mount) => {
+                let storage = pod::shared_memory(mount);
+                *entry = json!({
+                    "destination": mount.destination, "type": "bind",
+                    "source": storage.mount_point, "options": ["bind"],
+                });
+                shared_storages.push(storage);
+            }
             Volume::InGuest => {}
             Volume::Memory { size, .. } if pod.is_none() => {
                 *entry = json!({
@@ -168,6 +177,27 @@ pub fn plan(
         pod.join(spec, &mut guest);
     }
     Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, disk, shared_storages, resolv_conf })
+}
+
+/// The container's mounts: its own, and the files of its pod that it lacks, which the guest's
+/// specification gets as well.
+fn mounts_of<'a>(
+    spec: &'a Spec,
+    pod: Option<&'a Pod>,
+    guest: &mut Value,
+) -> Result<Vec<&'a Mount>, StorageError> {
+    let mut mounts: Vec<_> = spec.mounts.iter().collect();
+    let lacking: Vec<_> = pod.into_iter().flat_map(|pod| pod.lacking(&spec.mounts)).collect();
+    if lacking.is_empty() {
+        return Ok(mounts);
+    }
+    let entries = lacking.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
+    match guest["mounts"].as_array_mut() {
+        Some(own) => own.extend(entries),
+        None => guest["mounts"] = Value::Array(entries),
+    }
+    mounts.extend(lacking);
+    Ok(mounts)
 }
 
 /// What the root is called in a container's part of the share.

@@ -5,7 +5,7 @@
 //! the host, `/proc/<pid>/ns/…`; in the guest nothing is to be joined then.
 
 use crate::StorageError;
-use kata_oci::{NamespaceKind, Spec};
+use kata_oci::{Mount, NamespaceKind, Spec};
 use kata_protocol::agent::Storage;
 use kata_protocol::{POD_MOUNTS, SHARED_PID_NAMESPACE};
 use serde_json::{Value, json};
@@ -21,9 +21,40 @@ pub struct Pod {
     pub pids: Vec<i32>,
     /// Kernel parameters of its sandbox.
     pub sysctls: BTreeMap<String, String>,
+    /// Files of its sandbox, which every container has that does not say otherwise.
+    pub files: Vec<Mount>,
 }
 
+/// What a pod's containers have in common, by where they have it.
+const COMMON_FILES: [&str; 3] = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"];
+/// POSIX shared memory: part of what an IPC namespace is.
+pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
+
 impl Pod {
+    /// The pod whose sandbox has this specification, and whose containers these processes stand
+    /// for.
+    pub fn of(sandbox: Option<&Spec>, pids: Vec<i32>) -> Self {
+        let common =
+            |mount: &&Mount| COMMON_FILES.iter().any(|at| mount.destination == Path::new(at));
+        let files = sandbox.map(|spec| spec.mounts.iter().filter(common).cloned().collect());
+        let sysctls = sandbox.map(|spec| spec.linux().sysctl.clone());
+        Self { pids, sysctls: sysctls.unwrap_or_default(), files: files.unwrap_or_default() }
+    }
+
+    /// The pod's files that a container with these mounts lacks. Engines that leave pods to the
+    /// runtime leave the files to it too.
+    pub(crate) fn lacking<'a>(&'a self, mounts: &'a [Mount]) -> impl Iterator<Item = &'a Mount> {
+        let has = |file: &Mount| mounts.iter().any(|mount| mount.destination == file.destination);
+        self.files.iter().filter(move |file| !has(file))
+    }
+
+    /// Whether this mount is memory that the pod's containers share: its own, of a container
+    /// that shares the pod's IPC.
+    pub(crate) fn shares_memory(spec: &Spec, mount: &Mount) -> bool {
+        let own_ipc = spec.linux().namespace(NamespaceKind::Ipc).is_some_and(|n| n.path.is_none());
+        mount.kind == "tmpfs" && mount.destination == Path::new(SHARED_MEMORY) && !own_ipc
+    }
+
     /// Whether a namespace's path is one of this pod's.
     pub(crate) fn has(&self, path: &Path) -> bool {
         let Ok(rest) = path.strip_prefix("/proc") else { return false };
@@ -53,6 +84,18 @@ impl Pod {
                 own_sysctls.entry(name.clone()).or_insert_with(|| json!(value));
             }
         }
+    }
+}
+
+/// The memory that a pod's containers share where nobody made one on the host.
+pub(crate) fn shared_memory(mount: &Mount) -> Storage {
+    Storage {
+        driver: "tmpfs".to_owned(),
+        source: "shm".to_owned(),
+        fstype: "tmpfs".to_owned(),
+        options: mount.options.clone(),
+        mount_point: format!("{POD_MOUNTS}/shm"),
+        ..Storage::default()
     }
 }
 
@@ -86,7 +129,8 @@ mod tests {
     use super::*;
 
     fn pod() -> Pod {
-        Pod { pids: vec![42], sysctls: [("net.x".to_owned(), "1".to_owned())].into() }
+        let sysctls = [("net.x".to_owned(), "1".to_owned())].into();
+        Pod { pids: vec![42], sysctls, files: Vec::new() }
     }
 
     #[test]
@@ -123,6 +167,36 @@ mod tests {
         let shared = json!([{"type": "pid", "path": SHARED_PID_NAMESPACE}]);
         assert_eq!(joined(r#"{"type":"pid","path":"/proc/42/ns/pid"}"#)["namespaces"], shared);
         assert_eq!(joined("")["namespaces"], shared);
+    }
+
+    #[test]
+    fn a_container_has_the_pods_files_unless_it_has_its_own() {
+        let mount = |at: &str| Mount { destination: at.into(), ..Mount::default() };
+        let sandbox = Spec {
+            mounts: vec![mount("/etc/hosts"), mount("/etc/resolv.conf"), mount("/proc")],
+            ..Spec::default()
+        };
+        let pod = Pod::of(Some(&sandbox), vec![42]);
+        let lacking = |mounts: &[Mount]| -> Vec<_> {
+            pod.lacking(mounts).map(|file| file.destination.clone()).collect()
+        };
+        assert_eq!(lacking(&[mount("/etc/hosts")]), [Path::new("/etc/resolv.conf")]);
+        assert_eq!(lacking(&[]).len(), 2);
+    }
+
+    #[test]
+    fn shared_memory_goes_with_the_ipc_namespace() {
+        let shares = |namespaces: &str, at: &str| {
+            let text = format!(
+                r#"{{"ociVersion":"1.0.2","root":{{"path":"r"}},
+                   "linux":{{"namespaces":[{namespaces}]}}}}"#
+            );
+            let mount = Mount { kind: "tmpfs".into(), destination: at.into(), ..Mount::default() };
+            Pod::shares_memory(&Spec::parse(text.as_bytes()).unwrap(), &mount)
+        };
+        assert!(shares(r#"{"type":"ipc","path":"/proc/42/ns/ipc"}"#, "/dev/shm"));
+        assert!(!shares(r#"{"type":"ipc"}"#, "/dev/shm"));
+        assert!(!shares("", "/run"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use kata_e2e::arena::Arena;
-use kata_e2e::containerd::Containerd;
+use kata_e2e::containerd::{Containerd, Programs};
 use kata_e2e::cri::Cri;
 use kata_e2e::runner::Trial;
 
@@ -28,6 +28,24 @@ pub fn trials() -> Vec<Trial<Cri>> {
     all.extend(networks::trials());
     all.extend(failures::trials());
     all
+}
+
+/// Those of the life of pods and their containers.
+pub fn trials_of_pods() -> Vec<Trial<Cri>> {
+    let mut all = pods::trials();
+    all.extend(containers::trials());
+    all
+}
+
+/// Which containerd, and who makes its pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Daemon {
+    /// The system's.
+    Installed,
+    /// containerd 2, which makes a container that stands for the pod, as the older ones do.
+    Two,
+    /// containerd 2, which leaves pods to the runtime by its Sandbox API.
+    SandboxApi,
 }
 
 /// Those that want the machine for themselves, to see whether it is as it was.
@@ -51,7 +69,15 @@ fn write_network(network: &networks::Network, dir: &str) -> Result<()> {
 }
 
 /// Starts containerd with one runtime handler for each network.
-pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Cri> {
+pub fn start(arena: &Arena, runtime: &'static str, probe: &Path, daemon: Daemon) -> Result<Cri> {
+    let programs = match daemon {
+        Daemon::Installed => Programs::installed(),
+        Daemon::Two | Daemon::SandboxApi => Programs::containerd_2()?,
+    };
+    let sandboxer = match daemon {
+        Daemon::SandboxApi => "    sandboxer = \"shim\"\n",
+        Daemon::Installed | Daemon::Two => "",
+    };
     networks::make_uplink()?;
     let kind = if runtime == "runc" { "io.containerd.runc.v2" } else { "io.containerd.kata.v2" };
     let name = if runtime == "runc" { "runc" } else { "kata" };
@@ -72,8 +98,8 @@ pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Cri> 
         lines.push_str(&format!(
             "  [{plugin}.containerd.runtimes.{handler}]\n    runtime_type = \"{kind}\"\n    \
              pod_annotations = [\"io.katacontainers.*\"]\n    privileged_without_host_devices = true\n    \
-             cni_conf_dir = \"{dir}\"\n    cni_max_conf_num = {count}\n"
+             cni_conf_dir = \"{dir}\"\n    cni_max_conf_num = {count}\n{sandboxer}"
         ));
     }
-    Cri::new(Containerd::start(arena, runtime, probe, &lines)?)
+    Cri::new(Containerd::start(arena, runtime, probe, programs, &lines)?)
 }

@@ -5,8 +5,10 @@
 //! says which version of the Task API the server speaks. Both are read as far as they are
 //! understood: a shim that does not know a field must still start.
 
+use crate::options::CreateOptions;
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use std::path::PathBuf;
 
 /// The newest version of the Task API that the server speaks.
@@ -16,6 +18,7 @@ const VERSION: i32 = containerd_shim_protos::TASK_API_VERSION;
 #[derive(Debug, Default)]
 pub(crate) struct Bootstrap {
     params: Option<BootstrapParams>,
+    config: Option<PathBuf>,
 }
 
 impl Bootstrap {
@@ -27,7 +30,18 @@ impl Bootstrap {
         let told = |params: &BootstrapParams| {
             !params.namespace.is_empty() && !params.containerd_ttrpc_address.is_empty()
         };
-        Self { params: params.filter(told) }
+        let params = params.filter(told);
+        let config = match &params {
+            None => Any::parse_from_bytes(input).ok().and_then(|any| config_of(&any)),
+            Some(params) => params.extensions.iter().find_map(|e| config_of(&e.value)),
+        };
+        Self { params, config }
+    }
+
+    /// The configuration file that the runtime's options name. Containers name it again when
+    /// they are created; a sandbox of the Sandbox API does not.
+    pub(crate) fn config(&self) -> Option<PathBuf> {
+        self.config.clone()
     }
 
     /// Where the socket is to be.
@@ -50,10 +64,13 @@ impl Bootstrap {
     }
 }
 
+fn config_of(options: &Any) -> Option<PathBuf> {
+    CreateOptions::from_any(options).config
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use containerd_shim_protos::protobuf::well_known_types::any::Any;
 
     #[test]
     fn old_containerd_gets_the_bare_address() {
@@ -62,6 +79,8 @@ mod tests {
             value: vec![0x12, 1, b'x'],
             ..Any::default()
         };
+        let named = Bootstrap::parse(&any.write_to_bytes().unwrap()).config();
+        assert_eq!(named, Some("x".into()));
         for input in [Vec::new(), any.write_to_bytes().unwrap(), b"\xff\xff".to_vec()] {
             let bootstrap = Bootstrap::parse(&input);
             assert_eq!(bootstrap.answer("unix:///s"), "unix:///s");

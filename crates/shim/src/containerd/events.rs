@@ -13,9 +13,11 @@ use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::EventsClient;
 use containerd_shim_protos::topics;
+use kata_protocol::Id;
 use kata_sandbox::{Event, EventSink, ProcessRef};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -39,17 +41,20 @@ enum Item {
 pub(crate) struct Publisher {
     items: Option<mpsc::UnboundedSender<Item>>,
     namespace: String,
+    /// What is no task to containerd.
+    kept_from: Arc<OnceLock<Id>>,
 }
 
 impl Publisher {
     /// One that tells `engine`; without any it tells nobody.
     pub(crate) fn start(engine: Option<&Engine>) -> Self {
         let Some(engine) = engine.filter(|engine| !engine.events.as_os_str().is_empty()) else {
-            return Self { items: None, namespace: String::new() };
+            return Self { items: None, namespace: String::new(), kept_from: Arc::default() };
         };
         let (items, received) = mpsc::unbounded_channel();
         tokio::spawn(publish(received, engine.events.clone()));
-        Self { items: Some(items), namespace: engine.namespace.clone() }
+        let namespace = engine.namespace.clone();
+        Self { items: Some(items), namespace, kept_from: Arc::default() }
     }
 
     /// What the sandbox calls. Never waits.
@@ -58,8 +63,17 @@ impl Publisher {
         Box::new(move |event| publisher.tell(&event))
     }
 
+    /// From now on containerd is told nothing of `container`: to it that is no task.
+    pub(crate) fn keep_from(&self, container: &Id) {
+        // There is one pod in a sandbox.
+        let _ = self.kept_from.set(container.clone());
+    }
+
     fn tell(&self, event: &Event) {
         let Some(items) = &self.items else { return };
+        if self.kept_from.get() == Some(event.container()) {
+            return;
+        }
         let (topic, event) = translate(event);
         let envelope = Envelope {
             timestamp: MessageField::some(timestamp(SystemTime::now())),
@@ -271,7 +285,7 @@ mod tests {
     use containerd_shim_protos::protobuf::Message;
     use containerd_shim_protos::shim_async::{Events, create_events};
     use kata_sandbox::Exit;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
     use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
 
     #[derive(Default)]

@@ -3,7 +3,9 @@
 //! containerd runs the program twice per sandbox and never stays in it. `start` finds the
 //! pod's server or starts a new one and prints its address ([`start`]). `delete` undoes what
 //! a server left that is gone ([`delete`]). In between the server speaks the Task API like
-//! it does for the OCI command line, and tells containerd what happens ([`events`]).
+//! it does for the OCI command line, and tells containerd what happens ([`events`]). Where
+//! containerd 2 is told to leave pods to the shim, it speaks the Sandbox API too
+//! ([`sandbox_api`]).
 
 mod address;
 mod bootstrap;
@@ -11,7 +13,11 @@ mod delete;
 pub(crate) mod events;
 mod flags;
 pub(crate) mod log;
+mod pod;
+mod sandbox_api;
 mod start;
+
+pub(crate) use sandbox_api::SandboxService;
 
 use anyhow::{Context, bail};
 use containerd_shim_protos::protobuf::{Message, MessageField};

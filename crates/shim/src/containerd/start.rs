@@ -43,7 +43,7 @@ pub(crate) fn start(name: &str, flags: &Flags, input: &[u8]) -> anyhow::Result<S
             namespace: flags.namespace.clone(),
             events: events(&bootstrap),
             log: bundle.join("log"),
-            config: variant(name)?,
+            config: bootstrap.config().map_or_else(|| variant(name), |path| Ok(Some(path)))?,
         };
         launch_server(&sandbox, &address, engine, flags.debug)?;
     }
@@ -57,10 +57,14 @@ pub(crate) fn bundle(flags: &Flags) -> anyhow::Result<PathBuf> {
     Ok(here.join(&flags.bundle))
 }
 
-/// What the container of a bundle is to a pod.
+/// What the container of a bundle is to a pod. A bundle without specification is a sandbox's,
+/// of the Sandbox API.
 pub(crate) fn role(bundle: &Path) -> anyhow::Result<PodRole> {
     let path = bundle.join(CONFIG);
-    let raw = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let raw = match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(PodRole::Sandbox),
+        other => other.with_context(|| format!("cannot read {}", path.display()))?,
+    };
     let spec = Spec::parse(&raw).with_context(|| format!("cannot use {}", path.display()))?;
     Ok(PodRole::of(&spec.annotations)?)
 }
@@ -158,8 +162,10 @@ mod tests {
     }
 
     #[test]
-    fn a_bundle_without_config_is_named() {
+    fn a_bundle_tells_what_its_container_is() {
         let dir = tempfile::tempdir().unwrap();
+        assert_eq!(role(dir.path()).unwrap(), PodRole::Sandbox);
+        fs::write(dir.path().join(CONFIG), "{").unwrap();
         assert!(role(dir.path()).unwrap_err().to_string().contains("config.json"));
         let text = r#"{"ociVersion":"1.0.2","root":{"path":"rootfs"},"annotations":{
             "io.kubernetes.cri.container-type":"sandbox"}}"#;
