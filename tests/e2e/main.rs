@@ -107,7 +107,8 @@ impl Suites<'_> {
             self.one(&named("cri2"), runtime, cri::trials_of_pods(), |arena| {
                 cri::start(arena, runtime, probe, cri::Daemon::Two)
             });
-            self.one(&named("sandbox-api"), runtime, cri::trials(), |arena| {
+            let trials = cri::trials_of_the_sandbox_api();
+            self.one(&named("sandbox-api"), runtime, trials, |arena| {
                 cri::start(arena, runtime, probe, cri::Daemon::SandboxApi)
             });
         }

@@ -128,6 +128,12 @@ impl Containerd {
         self.in_namespace(CRI, &format!("images import {}", archive.display()))
     }
 
+    /// `ctr line` in the CRI plugin's namespace, which must succeed; its output.
+    pub fn in_cri(&self, line: &str) -> Result<String> {
+        let mut ctr = self.programs.command("ctr");
+        Ok(command::ok(ctr.args(["--namespace", CRI]).args(words(line)))?.out())
+    }
+
     fn in_namespace(&self, namespace: &str, line: &str) -> Result<()> {
         let mut ctr = self.programs.command("ctr");
         command::ok(ctr.args(["--namespace", namespace]).args(words(line))).map(drop)

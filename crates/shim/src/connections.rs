@@ -1,37 +1,44 @@
-//! The connections of a server, counted: whether somebody uses it beside the caller.
+//! The connections of a server, counted: whether somebody uses it beside the caller, and
+//! whether everybody has gone.
 
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use ttrpc::asynchronous::transport::Listener;
 
 /// Counts the connections of one listener.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Connections(Arc<()>);
+pub(crate) struct Connections(watch::Sender<usize>);
 
 impl Connections {
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
-        // Each connection holds one, the listener one, and so do we.
-        Arc::strong_count(&self.0).saturating_sub(2)
+        *self.0.borrow()
+    }
+
+    /// Waits until there are none, at most so long.
+    pub(crate) async fn gone(&self, patience: Duration) {
+        let mut count = self.0.subscribe();
+        // Who is still there then has nothing to wait for.
+        let _ = tokio::time::timeout(patience, count.wait_for(|count| *count == 0)).await;
     }
 
     /// A listener whose connections are counted here.
     pub(crate) fn listener(&self, listener: UnixListener) -> io::Result<Listener> {
         let listener = tokio::net::UnixListener::from_std(listener)?;
-        let state = (listener, Arc::clone(&self.0));
+        let state = (listener, self.0.clone());
         let connections = futures::stream::unfold(state, |(listener, count)| async move {
             let accepted = listener.accept().await;
             if accepted.is_err() {
                 // Out of descriptors, most likely: ttrpc asks again at once.
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            let counted =
-                accepted.map(|(stream, _)| Counted { stream, _count: Arc::clone(&count) });
+            let counted = accepted.map(|(stream, _)| Counted::new(stream, count.clone()));
             Some((counted, (listener, count)))
         });
         Ok(Listener::new(connections))
@@ -40,7 +47,20 @@ impl Connections {
 
 struct Counted {
     stream: UnixStream,
-    _count: Arc<()>,
+    count: watch::Sender<usize>,
+}
+
+impl Counted {
+    fn new(stream: UnixStream, count: watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self { stream, count }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.count.send_modify(|count| *count = count.saturating_sub(1));
+    }
 }
 
 impl AsyncRead for Counted {

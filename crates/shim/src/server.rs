@@ -35,6 +35,9 @@ pub struct ServerArgs {
 /// How long the engine may take for the last events of a sandbox.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
 
+/// How long those who are connected may take to hang up at the end.
+const LAST_CALLERS: Duration = Duration::from_secs(1);
+
 /// What the services of a server have in common.
 pub(crate) struct Parts {
     pub sandbox: Arc<Sandbox>,
@@ -104,7 +107,8 @@ async fn serve(args: ServerArgs, task: OwnedFd, attach: Option<OwnedFd>) -> anyh
     let mut server = Server::new().add_listener(listener).register_service(services(&parts));
     server.start().await.context("cannot serve the task API")?;
     parts.over.notified().await;
-    // The answer to Shutdown is on its way: let it out.
+    // Who asked for the end hangs up once it has the answer.
+    connections.gone(LAST_CALLERS).await;
     server.shutdown().await.context("cannot end the task API")
 }
 

@@ -6,6 +6,7 @@ mod load;
 mod networks;
 mod pods;
 mod resources;
+mod sandbox_api;
 mod streaming;
 mod volumes;
 
@@ -14,6 +15,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use kata_e2e::arena::Arena;
+use kata_e2e::assets;
 use kata_e2e::containerd::{Containerd, Programs};
 use kata_e2e::cri::Cri;
 use kata_e2e::runner::Trial;
@@ -30,10 +32,18 @@ pub fn trials() -> Vec<Trial<Cri>> {
     all
 }
 
-/// Those of the life of pods and their containers.
+/// What only the Sandbox API shows.
+pub fn trials_of_the_sandbox_api() -> Vec<Trial<Cri>> {
+    let mut all = sandbox_api::trials();
+    all.extend(trials());
+    all
+}
+
+/// Those of the life of pods and their containers, and of their deaths.
 pub fn trials_of_pods() -> Vec<Trial<Cri>> {
     let mut all = pods::trials();
     all.extend(containers::trials());
+    all.extend(failures::trials());
     all
 }
 
@@ -57,6 +67,33 @@ pub fn lonely_trials() -> Vec<Trial<Cri>> {
 pub fn write_default_network() -> Result<()> {
     let network = &networks::NETWORKS[0];
     write_network(network, "/etc/cni/net.d")
+}
+
+/// A handler with a configuration of its own: its machines have [`SMALL_MIB`].
+const SMALL: &str = "kata-small";
+const SMALL_MIB: u64 = 384;
+
+/// The handler, in this table of containerd's configuration. Its configuration is named by an
+/// option; where the Sandbox API is used containerd 2.1 knows no options, and the shim's name
+/// does it.
+fn small(table: &str, daemon: Daemon) -> Result<String> {
+    let path = Path::new(assets::CONFIG).with_file_name("configuration-small.toml");
+    fs::create_dir_all(path.with_file_name(""))?;
+    fs::write(&path, format!("[hypervisor.qemu]\ndefault_memory = {SMALL_MIB}\n"))?;
+    if daemon == Daemon::SandboxApi {
+        let shim = Path::new("/usr/bin/containerd-shim-kata-small-v2");
+        if !shim.exists() {
+            std::os::unix::fs::symlink("containerd-shim-kata-v2", shim)?;
+        }
+        return Ok(format!(
+            "  [{table}]\n    runtime_type = \"io.containerd.kata-small.v2\"\n    sandboxer = \"shim\"\n"
+        ));
+    }
+    Ok(format!(
+        "  [{table}]\n    runtime_type = \"io.containerd.kata.v2\"\n  [{table}.options]\n    \
+         ConfigPath = \"{}\"\n",
+        path.display()
+    ))
 }
 
 fn write_network(network: &networks::Network, dir: &str) -> Result<()> {
@@ -100,6 +137,9 @@ pub fn start(arena: &Arena, runtime: &'static str, probe: &Path, daemon: Daemon)
              pod_annotations = [\"io.katacontainers.*\"]\n    privileged_without_host_devices = true\n    \
              cni_conf_dir = \"{dir}\"\n    cni_max_conf_num = {count}\n{sandboxer}"
         ));
+    }
+    if runtime != "runc" {
+        lines.push_str(&small(&format!("{plugin}.containerd.runtimes.{SMALL}"), daemon)?);
     }
     Cri::new(Containerd::start(arena, runtime, probe, programs, &lines)?)
 }

@@ -14,7 +14,7 @@ pub fn trials() -> Vec<Trial<Cri>> {
             container_is_restarted_while_its_pod_lives, containers_are_created_in_parallel,
             stopped_pod_is_not_ready_and_keeps_its_logs, sysctls_are_the_pods,
             pod_can_be_stopped_and_removed_twice;
-        Kata: pods_are_machines_of_their_own;
+        Kata: pods_are_machines_of_their_own, configuration_of_the_handler_is_used;
     ]
 }
 
@@ -70,6 +70,15 @@ fn processes_are_shared_on_request(cri: &Cri) -> Result<()> {
     ensure!(first.wait()? == 137);
     ensure!(pod.is_ready()?);
     pod.remove(&[&first.id, &second.id])
+}
+
+/// The handler's `ConfigPath`.
+fn configuration_of_the_handler_is_used(cri: &Cri) -> Result<()> {
+    let pod = cri.run_pod_with(cri.pod_config()?, super::SMALL)?;
+    let container = pod.run("one", SLEEP)?;
+    let total: u64 = container.exec("awk '/MemTotal/ { print $2 }' /proc/meminfo")?.parse()?;
+    ensure!(total < super::SMALL_MIB * 1024, "the machine has {total} KiB");
+    pod.remove(&[&container.id])
 }
 
 fn init_containers_run_one_after_the_other(cri: &Cri) -> Result<()> {

@@ -4,7 +4,8 @@
 //! To the [`Sandbox`] it is a pod like any other. `CreateSandbox` writes down what containerd
 //! would otherwise have written ([`pod`]), `StartSandbox` starts it, and everything else is
 //! asked of the process that stands for it. containerd hears nothing of that process: for it
-//! there is none.
+//! there is no task. (It may ask for one: when containerd starts, it takes a shim whose Task API
+//! knows nothing of its sandbox for a leftover.)
 
 use super::pod::{self, cri::PodSandboxConfig};
 use crate::server::Parts;
