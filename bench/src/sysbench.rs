@@ -7,9 +7,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use kata_e2e::arena::Arena;
+use kata_e2e::assets;
 use kata_e2e::command;
 use kata_e2e::docker::Docker;
 use kata_e2e::images;
+use serde_json::Value;
 
 use crate::report::{Distribution, Report};
 use crate::{OURS, THEIRS};
@@ -63,6 +65,37 @@ pub fn measure(arena: &Arena, docker: &Docker, runs: usize, report: &mut Report)
         let (ours, theirs) = (Distribution::of(ours), Distribution::of(theirs));
         report.rates(test.what, &ours, &theirs, Some(AT_LEAST));
     }
+    pieces(docker, runs, report)
+}
+
+/// What is lost to a guest's exits, and what is not: pieces of work that nothing disturbs, and
+/// the part of the time in which something does. On an emulated host an exit costs what
+/// emulating it costs.
+fn pieces(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
+    eprintln!("bench: pieces of work, {runs} times each in turn");
+    let program = assets::beside("kata-bench-load")?;
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        for (runtime, said) in [(OURS, &mut ours), (THEIRS, &mut theirs)] {
+            let mount = format!("-v {}:/load:ro", program.display());
+            let text =
+                docker.ok(&format!("run --rm --runtime {runtime} {mount} {IMAGE} /load pieces"))?;
+            said.push(serde_json::from_str(&text).with_context(|| format!("read {text:?}"))?);
+        }
+    }
+    let of = |said: &[Value], pointer: &str| {
+        let figures = said.iter().filter_map(|said| said.pointer(pointer)?.as_f64());
+        Distribution::of(figures.collect())
+    };
+    for (work, what) in [("compute", "computing"), ("memory", "walking through memory")] {
+        let rate = format!("/{work}/rate");
+        let what_rate = format!("{what}, undisturbed");
+        report.rates(&what_rate, &of(&ours, &rate), &of(&theirs, &rate), Some(AT_LEAST));
+        let lost = format!("/{work}/lost_percent");
+        report.value(&format!("{what}: lost to disturbances"), of(&ours, &lost).median, "%", None);
+        report.value(&format!("{what}: the same, runc"), of(&theirs, &lost).median, "%", None);
+    }
+    report.value("an exit of the guest", of(&ours, "/exit_us").median, "us", None);
     Ok(())
 }
 

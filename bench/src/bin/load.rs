@@ -3,12 +3,14 @@
 //!     kata-bench-load files DIRECTORY    small files, a walk, a large file, flushes
 //!     kata-bench-load serve PORT         the other end of `ask`
 //!     kata-bench-load ask ADDRESS:PORT   bytes both ways, connections, round trips
+//!     kata-bench-load pieces             equal pieces of work: what each takes, and what disturbs
 
 use std::fs::{self, File};
+use std::hint::black_box;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -33,7 +35,12 @@ fn main() -> io::Result<()> {
         ["files", directory] => println!("{}", files(Path::new(directory))?),
         ["serve", port] => serve(port.parse().map_err(io::Error::other)?)?,
         ["ask", server] => println!("{}", ask(server)?),
-        _ => return Err(io::Error::other("files DIRECTORY, serve PORT or ask ADDRESS:PORT")),
+        ["pieces"] => println!("{}", all_pieces()),
+        _ => {
+            return Err(io::Error::other(
+                "files DIRECTORY, serve PORT, ask ADDRESS:PORT, or pieces",
+            ));
+        }
     }
     Ok(())
 }
@@ -147,6 +154,59 @@ fn ask(server: &str) -> io::Result<Value> {
 fn echo(connection: &mut TcpStream) -> io::Result<()> {
     connection.write_all(&[ECHO])?;
     connection.read_exact(&mut [0])
+}
+
+/// How long equal pieces of work are done.
+const PIECES: Duration = Duration::from_secs(3);
+/// What the memory's pieces walk through.
+const WALKED: usize = MIB;
+const PAGE: usize = 4096;
+const EXITS: usize = 500;
+
+fn all_pieces() -> Value {
+    let mut memory = vec![1_u8; WALKED];
+    let exit = (0..EXITS).map(|_| {
+        let began = Instant::now();
+        black_box(std::arch::x86_64::__cpuid(0));
+        began.elapsed().as_secs_f64()
+    });
+    let mut exit: Vec<f64> = exit.collect();
+    json!({
+        "compute": pieces(|| {
+            let step = |x: u64, _| x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            black_box((0..5_000).fold(black_box(1), step));
+        }),
+        "memory": pieces(|| {
+            for _ in 0..8 {
+                memory.iter_mut().step_by(PAGE).for_each(|byte| *byte = byte.wrapping_add(1));
+            }
+            black_box(&memory);
+        }),
+        // An instruction at which every guest leaves to its hypervisor.
+        "exit_us": quantile(&mut exit, 0.5) * 1e6,
+    })
+}
+
+/// Does the same again and again. A tenth of the pieces is taken for undisturbed; what the
+/// others take beyond that was taken from them.
+fn pieces(mut piece: impl FnMut()) -> Value {
+    let (began, mut times) = (Instant::now(), Vec::new());
+    while began.elapsed() < PIECES {
+        let began = Instant::now();
+        piece();
+        times.push(began.elapsed().as_secs_f64());
+    }
+    let undisturbed = quantile(&mut times, 0.1);
+    let all: f64 = times.iter().sum();
+    json!({
+        "rate": 1.0 / undisturbed,
+        "lost_percent": 100.0 * (all - undisturbed * times.len() as f64) / all,
+    })
+}
+
+fn quantile(values: &mut [f64], at: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[((values.len() - 1) as f64 * at) as usize]
 }
 
 /// Seconds that it takes.
