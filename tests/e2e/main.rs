@@ -11,6 +11,7 @@ mod docker;
 mod failure;
 mod kvm;
 mod podman;
+mod spares;
 mod standalone;
 mod templates;
 
@@ -122,6 +123,9 @@ impl Suites<'_> {
             });
         }
         self.one(&named("templates"), runtime, templates::trials(), |arena| {
+            templates::start(arena, runtime, probe)
+        });
+        self.one(&named("templates"), runtime, spares::trials(), |arena| {
             templates::start(arena, runtime, probe)
         });
         self.one(&named("deploy"), runtime, deploy::trials(), |arena| deploy::start(arena, probe));

@@ -18,7 +18,7 @@ use kata_e2e::trials;
 
 /// A Docker whose default runtime clones; its templates go with it.
 pub struct Templates {
-    docker: Docker,
+    pub docker: Docker,
 }
 
 pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Templates> {
@@ -46,23 +46,23 @@ pub fn trials() -> Vec<Trial<Templates>> {
 const CLONE: &str = "--runtime kata-template";
 const CLONE_9P: &str = "--runtime kata-template-9p";
 
-fn ctl(line: &str) -> Command {
+pub fn ctl(line: &str) -> Command {
     let mut command = Command::new(CTL);
     command.args(words(line));
     command
 }
 
-fn status() -> Result<String> {
+pub fn status() -> Result<String> {
     Ok(command::ok(&mut ctl("factory status"))?.out())
 }
 
 /// The configuration file of one of the runtimes.
-fn config(templates: &Templates, name: &str) -> String {
+pub fn config(templates: &Templates, name: &str) -> String {
     templates.docker.arena.work.join(format!("{name}.toml")).display().to_string()
 }
 
 /// A template of this runtime's usual sandbox is there.
-fn ready(templates: &Templates, name: &str) -> Result<()> {
+pub fn ready(templates: &Templates, name: &str) -> Result<()> {
     let line = format!("--config {} factory init", config(templates, name));
     let said = command::ok(&mut ctl(&line))?.out();
     ensure!(said.contains("ready"), "{said}");
@@ -74,7 +74,7 @@ fn clones() -> Result<u64> {
     let mut sum = 0;
     for line in status()?.lines().filter(|line| line.ends_with("ready")) {
         sum +=
-            line.split_whitespace().rev().nth(1).context("a number of clones")?.parse::<u64>()?;
+            line.split_whitespace().rev().nth(2).context("a number of clones")?.parse::<u64>()?;
     }
     Ok(sum)
 }

@@ -23,10 +23,11 @@ pub const IMAGE: &str = "busybox";
 pub const SHIM: &str = "kata-shim";
 
 /// Further runtimes of the daemon: ours, with these configurations.
-const CHOICES: [(&str, &str); 6] = [
+const CHOICES: [(&str, &str); 7] = [
     ("kata-9p", "[hypervisor.qemu]\nshared_fs = \"virtio-9p\"\nmsize_9p = 262144\n"),
     ("kata-macvtap", "[runtime]\ninternetworking_model = \"macvtap\"\n"),
     ("kata-no-network", "[runtime]\ninternetworking_model = \"none\"\n"),
+    ("kata-pool", "[factory]\nvm_cache_number = 2\n"),
     ("kata-template", "[factory]\nenable_template = true\n"),
     (
         "kata-template-9p",

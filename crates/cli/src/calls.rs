@@ -9,6 +9,7 @@ use containerd_shim_protos::types::task::Status as TaskStatus;
 use kata_oci::Status;
 use kata_protocol::Id;
 use kata_sandbox::SandboxDir;
+use kata_sandbox::factory::Recipe;
 use kata_shim::client::{Client, ClientError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -63,8 +64,8 @@ impl Server {
     ///
     /// # Errors
     /// When there is one already, or the host refuses.
-    pub async fn start(sandbox: &Id) -> Result<Self> {
-        let client = Client::start_sandbox(sandbox).await?;
+    pub async fn start(sandbox: &Id, recipe: &Recipe) -> Result<Self> {
+        let client = Client::start_sandbox(sandbox, recipe).await?;
         Ok(Self { client, sandbox: sandbox.clone() })
     }
 

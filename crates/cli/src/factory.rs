@@ -29,7 +29,7 @@ pub fn role(args: &str) -> Result<()> {
 }
 
 fn init(config: Option<&Path>) -> Result<u8> {
-    let enabled = kata_config::load(config)?.factory.enable_template;
+    let enabled = kata_config::load(config)?.factory.makes_templates();
     if !enabled {
         bail!(
             "factory init: enable_template is off, so that no sandbox would use a template: say \
@@ -47,17 +47,18 @@ fn status() -> Result<u8> {
         return Ok(0);
     };
     println!(
-        "{:16}  {:>10}  {:>5}  {:>9}  {:>6}  STATE",
-        "TEMPLATE", "MEMORY", "VCPUS", "TAKES", "CLONES"
+        "{:16}  {:>10}  {:>5}  {:>9}  {:>6}  {:>6}  STATE",
+        "TEMPLATE", "MEMORY", "VCPUS", "TAKES", "CLONES", "SPARES"
     );
     for template in templates {
         println!(
-            "{:16}  {:>6} MiB  {:>5}  {:>5} MiB  {:>6}  {}",
+            "{:16}  {:>6} MiB  {:>5}  {:>5} MiB  {:>6}  {:>6}  {}",
             template.name,
             template.memory_mib,
             template.vcpus,
             template.bytes.div_ceil(1 << 20),
             template.clones,
+            format!("{}/{}", template.spares, template.spares_wanted),
             template.state
         );
     }

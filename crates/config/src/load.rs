@@ -166,17 +166,12 @@ impl SandboxConfig {
     /// Replaces "the default" by the default, and warns of what is asked for in vain.
     /// After the files, and again after annotations.
     pub(crate) fn settle(&mut self) -> Result<(), ConfigError> {
-        let (hypervisor, factory) = (&mut self.hypervisor, &mut self.factory);
+        let hypervisor = &mut self.hypervisor;
         if hypervisor.default_vcpus == 0 {
             hypervisor.default_vcpus = 1;
         }
         if hypervisor.default_memory == 0 {
             hypervisor.default_memory = 2048;
-        }
-        if factory.vm_cache_number > 0 {
-            factory.vm_cache_number = 0;
-            let what = "vm_cache_number: VMs are not kept ready yet; enable_template clones them";
-            self.warnings.push(what.to_owned());
         }
         if self.runtime.disable_new_netns
             && self.runtime.internetworking_model != NetworkModel::None

@@ -198,12 +198,13 @@ fn another_hypervisor_alone_is_refused_and_beside_ours_ignored() {
 }
 
 #[test]
-fn templates_are_off_unless_asked_for_and_caches_are_one_warning() {
-    assert!(!load_text("").unwrap().factory.enable_template);
-    let config = load_text("[factory]\nenable_template = true\nvm_cache_number = 3\n").unwrap();
-    assert_eq!(config.warnings.len(), 1);
-    assert!(config.warnings[0].contains("vm_cache_number"), "{:?}", config.warnings);
-    assert!(config.factory.enable_template && config.factory.vm_cache_number == 0);
+fn templates_are_off_unless_they_or_ready_machines_are_asked_for() {
+    assert!(!load_text("").unwrap().factory.makes_templates());
+    for text in ["enable_template = true", "vm_cache_number = 3"] {
+        let config = load_text(&format!("[factory]\n{text}\n")).unwrap();
+        assert!(config.factory.makes_templates() && config.warnings.is_empty(), "{text}");
+    }
+    assert!(problem("[factory]\nvm_cache_number = 65\n").contains("vm_cache_number"));
 }
 
 #[test]

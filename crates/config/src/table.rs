@@ -194,8 +194,9 @@ pub(crate) static KEYS: &[Key] = &[
     key(Factory, "enable_template", "false", Kind::Flag(|c| &mut c.factory.enable_template),
         "Clone VMs from one that was booted once and saved. The first sandbox of its size boots while \
          the template is made."),
-    key(Factory, "vm_cache_number", "0", Kind::Number(|c| &mut c.factory.vm_cache_number, 0, 1024),
-        "VMs to keep ready. Not done yet: they boot."),
+    key(Factory, "vm_cache_number", "0", Kind::Number(|c| &mut c.factory.vm_cache_number, 0, 64),
+        "VMs to keep ready for sandboxes that state no limits: clones of a template, which there is then \
+         whatever `enable_template` says. Each takes some 100 MiB."),
 
     // Known, without effect.
     moot(Hypervisor, "disable_block_device_use",
@@ -214,7 +215,7 @@ pub(crate) static KEYS: &[Key] = &[
         "The guest runs containers only, and these name what they mount."),
     missing(Runtime, "experimental", "There are no unstable features."),
     moot(Factory, "template_path", "Templates are kept in memory, without a name."),
-    moot(Factory, "vm_cache_endpoint", "VM caches are not done yet."),
+    moot(Factory, "vm_cache_endpoint", "The factory that keeps VMs is found by itself."),
     key(Hypervisor, "confidential_guest", "", Kind::Refused,
         "guests are not encrypted; remove it only if the host may read the guest's memory"),
     key(Hypervisor, "sev_snp_guest", "", Kind::Refused,

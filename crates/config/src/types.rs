@@ -212,8 +212,15 @@ pub struct RuntimeConfig {
 pub struct FactoryConfig {
     /// Start VMs from a template.
     pub enable_template: bool,
-    /// VMs kept ready.
+    /// VMs kept ready: clones of a template.
     pub vm_cache_number: u32,
+}
+
+impl FactoryConfig {
+    /// Whether there are to be templates.
+    pub fn makes_templates(&self) -> bool {
+        self.enable_template || self.vm_cache_number > 0
+    }
 }
 
 impl SandboxConfig {

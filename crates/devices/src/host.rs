@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -58,7 +58,6 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct DevicesProcess {
     child: Child,
-    dir: PathBuf,
     /// The line on which it says that it is ready, until it has.
     starting: Mutex<Option<UnixStream>>,
 }
@@ -88,7 +87,7 @@ impl DevicesProcess {
             launch = launch.stderr(stderr);
         }
         let child = launch.spawn()?;
-        Ok((Self { child, dir: dir.to_owned(), starting: Mutex::new(Some(ours)) }, connected))
+        Ok((Self { child, starting: Mutex::new(Some(ours)) }, connected))
     }
 
     /// The process, to watch its end.
@@ -129,17 +128,19 @@ impl DevicesProcess {
     }
 
     /// Mounts a file system at `at` in the share: `kind`, `source` and `options` as mount(8)
-    /// takes them; paths in them are the host's. The host itself never has it mounted.
+    /// takes them; paths in them are the host's. The host itself never has it mounted. `dir` is
+    /// a directory that only root can enter.
     pub fn mount(
         &self,
         kind: &str,
         source: &str,
         options: &[String],
+        dir: &Path,
         at: &Path,
     ) -> Result<(), Error> {
         let at = SharePath::new(at)?;
         self.ready()?;
-        tree::mount(&self.child, &self.dir, &FileSystem { kind, source, options }, &at)
+        tree::mount(&self.child, dir, &FileSystem { kind, source, options }, &at)
     }
 
     /// Takes what was attached at `at` out of the share. Nothing is left to do when the

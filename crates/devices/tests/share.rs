@@ -150,7 +150,10 @@ fn an_overlay_is_mounted_in_the_share_and_nowhere_on_the_host() {
         format!("workdir={at}/work"),
     ];
     let before = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    share.process.mount("overlay", "overlay", &options, Path::new("c1/rootfs")).unwrap();
+    share
+        .process
+        .mount("overlay", "overlay", &options, share.dir.path(), Path::new("c1/rootfs"))
+        .unwrap();
     assert_eq!(fs::read_to_string("/proc/self/mountinfo").unwrap(), before);
     assert_eq!(fs::read_to_string(share.inside("c1/rootfs/low")).unwrap(), "2");
     fs::write(share.inside("c1/rootfs/new"), "").unwrap();
@@ -160,7 +163,10 @@ fn an_overlay_is_mounted_in_the_share_and_nowhere_on_the_host() {
     share.process.detach(Path::new("c1/rootfs")).unwrap();
     assert!(!share.inside("c1").exists());
     let missing = ["lowerdir=/no/such/layer:/no/such/other".to_owned()];
-    let error = share.process.mount("overlay", "o", &missing, Path::new("c1/rootfs")).unwrap_err();
+    let error = share
+        .process
+        .mount("overlay", "o", &missing, share.dir.path(), Path::new("c1/rootfs"))
+        .unwrap_err();
     assert!(error.to_string().contains("overlay"), "{error}");
     assert!(!share.inside("c1").exists());
     drop(tmp);

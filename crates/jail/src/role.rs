@@ -26,18 +26,21 @@ pub enum Role {
     JailExec,
     /// Keeps templates of VMs.
     Factory,
+    /// A sandbox's server that has a VM already, and waits for the sandbox.
+    Spare,
     /// Runs a tiny VM to see whether KVM is any good here.
     KvmSelfTest,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::SandboxServer,
         Self::StandIn,
         Self::Devices,
         Self::JailExec,
         Self::Factory,
+        Self::Spare,
         Self::KvmSelfTest,
     ];
 
@@ -49,6 +52,7 @@ impl Role {
             Self::Devices => "devices",
             Self::JailExec => "jail-exec",
             Self::Factory => "factory",
+            Self::Spare => "spare",
             Self::KvmSelfTest => "kvm-self-test",
         }
     }

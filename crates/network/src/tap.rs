@@ -68,6 +68,19 @@ impl Tap {
         opened
     }
 
+    /// Takes it to another namespace, with the name it has. Whoever has its descriptor goes on
+    /// using it.
+    ///
+    /// # Errors
+    /// When the name is taken there, or the kernel refuses.
+    pub fn move_to(&mut self, from: &Netns, to: &Netns) -> Result<(), NetworkError> {
+        let moved = Link::move_to(self.index, to.as_fd(), &self.name);
+        from.socket()?.send(vec![moved]).map_err(|e| from.netlink(e))?;
+        let find = || Ok(rustix::net::netdevice::name_to_index(inet_socket()?, &self.name)?);
+        self.index = to.run(find)?.map_err(|e| NetworkError::System("find a moved tap", e))?;
+        Ok(())
+    }
+
     fn open_macvtap(netns: &Netns, socket: &mut Socket, name: &str) -> Result<Self, NetworkError> {
         let links = Link::all(socket).map_err(|e| netns.netlink(e))?;
         let link = links.into_iter().find(|link| link.name == name).ok_or_else(|| {

@@ -1,13 +1,16 @@
 //! A machine comes to life: as a clone of a template where there is one, else it boots.
 
-use crate::factory::{self, Recipe};
+use crate::agent::Agent;
+use crate::factory::{self, Recipe, Warm};
 use crate::network::Network;
+use crate::packets::Packets;
 use crate::process::lock;
 use crate::share::Share;
 use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
 use kata_cgroups::{Cgroup, Hierarchy};
+use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu, Start, VmConfig};
 use kata_network::{Mac, Model, Netns};
@@ -39,6 +42,10 @@ pub(crate) struct Started {
     pub network: Option<Network>,
     pub share: Share,
     pub hypervisor: Qemu,
+    /// How the agent is reached, where it has answered already.
+    pub met: Option<(HostChannel, Agent)>,
+    /// To the factory, whose next spare waits until the sandbox has started.
+    pub line: Option<Packets>,
 }
 
 /// Starts all processes of a machine. Returns while it boots.
@@ -46,8 +53,17 @@ pub(crate) async fn start(
     boot: &mut Boot<'_>,
     state: &Mutex<StateFile>,
     stages: &Stages,
+    warm: Option<Warm>,
 ) -> Result<Started, SandboxError> {
     let recipe = Recipe::of(boot.config, boot.spec);
+    // What was made for another sandbox goes.
+    if let Some(warm) = warm.filter(|warm| warm.recipe == recipe) {
+        match adopt(boot, state, stages, warm).await {
+            Ok(started) => return Ok(started),
+            Err(error) => tracing::warn!(sandbox = %boot.sandbox, error = %chain(&error),
+                "the spare machine cannot be used: another one is started"),
+        }
+    }
     let (config, sizing) = recipe.configure(boot.sandbox)?;
     let cgroup = join_cgroup(boot.spec, boot.container, state)?;
     stages.mark("configuration and cgroup");
@@ -75,22 +91,48 @@ pub(crate) async fn start(
         },
         None => power.on(&mut network, power.booting()?, None).await?,
     };
-    Ok(Started { config, sizing, cgroup, network, share, hypervisor })
+    Ok(Started { config, sizing, cgroup, network, share, hypervisor, met: None, line: None })
+}
+
+/// Makes a machine that stands still this sandbox's.
+async fn adopt(
+    boot: &mut Boot<'_>,
+    state: &Mutex<StateFile>,
+    stages: &Stages,
+    warm: Warm,
+) -> Result<Started, SandboxError> {
+    let Warm { config, sizing, mut network, share, mut hypervisor, channel, agent, line, .. } =
+        warm;
+    let cgroup = join_cgroup(boot.spec, boot.container, state)?;
+    let failed = |source| SandboxError::Cgroup { path: cgroup.path(), source };
+    cgroup.add(hypervisor.pid()).map_err(failed)?;
+    if let Some(devices) = share.process() {
+        cgroup.add(devices.pid()).map_err(failed)?;
+    }
+    stages.mark("spare taken over");
+    if let Some(netns) = boot.netns.as_ref().filter(|_| !boot.monitor_shows_netns) {
+        network.move_to(Netns::open(netns.path())?)?;
+    }
+    boot.netns = None;
+    stages.mark("NIC moved");
+    hypervisor.resume().await?;
+    let (network, met, line) = (Some(network), Some((channel, agent)), Some(line));
+    Ok(Started { config, sizing, cgroup, network, share, hypervisor, met, line })
 }
 
 /// What it takes to start a machine.
-struct Power<'a> {
-    boot: &'a Boot<'a>,
-    config: &'a SandboxConfig,
-    sizing: &'a Sizing,
-    state: &'a Mutex<StateFile>,
-    stages: &'a Stages,
+pub(crate) struct Power<'a> {
+    pub boot: &'a Boot<'a>,
+    pub config: &'a SandboxConfig,
+    pub sizing: &'a Sizing,
+    pub state: &'a Mutex<StateFile>,
+    pub stages: &'a Stages,
 }
 
 impl Power<'_> {
     /// The clone of such a machine's template, and the template's key; none while there is none.
-    async fn template(&self, recipe: &Recipe) -> Option<(String, VmConfig)> {
-        if !self.config.factory.enable_template {
+    pub(crate) async fn template(&self, recipe: &Recipe) -> Option<(String, VmConfig)> {
+        if !self.config.factory.makes_templates() {
             return None;
         }
         let found = async {
@@ -123,7 +165,7 @@ impl Power<'_> {
 
     /// Starts share and monitor; nothing of them is left when that fails. A first NIC has the
     /// `known` address, if there is one.
-    async fn on(
+    pub(crate) async fn on(
         &self,
         network: &mut Option<Network>,
         mut vm: VmConfig,

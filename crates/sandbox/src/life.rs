@@ -69,7 +69,7 @@ impl Sandbox {
     /// What follows the start of a container.
     async fn started(&self, machine: &Arc<Machine>, container: &Container) {
         machine.mark("container started");
-        machine.write_stages();
+        machine.has_started();
         machine.watch_network();
         let hooks = container.spec.hooks.clone().unwrap_or_default();
         let state = hook_state(

@@ -7,7 +7,9 @@
 use crate::agent::{Agent, Guest, Hello, NewContainer};
 use crate::boot::{self, Boot, Started};
 use crate::container::Bundle;
+use crate::factory::Warm;
 use crate::network::Network;
+use crate::packets::Packets;
 use crate::process::lock;
 use crate::share::Share;
 use crate::stages::Stages;
@@ -31,6 +33,17 @@ use tokio::task::AbortHandle;
 const CAUSE: Duration = Duration::from_millis(500);
 /// How long a guest may take to write back what it holds before it is ended.
 const SYNC: Duration = Duration::from_secs(2);
+
+/// The channel to the agent of a machine, and the agent.
+async fn reach(hypervisor: &mut Qemu) -> Result<(HostChannel, Agent), SandboxError> {
+    let channel = match (hypervisor.vsock_cid(), hypervisor.take_agent_socket()) {
+        (Some(cid), _) => HostChannel::vsock(cid),
+        (None, Some(socket)) => HostChannel::serial(socket),
+        (None, None) => return Err(SandboxError::Unsupported("a machine without a channel")),
+    };
+    let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
+    Ok((channel, agent))
+}
 
 /// A running machine.
 pub(crate) struct Machine {
@@ -61,6 +74,8 @@ pub(crate) struct Machine {
     stopping: AtomicBool,
     stopped: OnceCell<()>,
     stages: Stages,
+    /// The factory makes no further spare while this is held.
+    factory: Mutex<Option<Packets>>,
 }
 
 impl Machine {
@@ -68,20 +83,19 @@ impl Machine {
     pub(crate) async fn start(
         mut boot: Boot<'_>,
         state: &Mutex<StateFile>,
+        warm: Option<Warm>,
     ) -> Result<Self, SandboxError> {
         let stages = Stages::start();
-        let Started { config, sizing, cgroup, network, share, mut hypervisor } =
-            boot::start(&mut boot, state, &stages).await?;
+        let Started { config, sizing, cgroup, network, share, mut hypervisor, met, line } =
+            boot::start(&mut boot, state, &stages, warm).await?;
         let pid = hypervisor.pids().first().copied().unwrap_or_default();
         lock(state).record_process(pid, MACHINE_ROLE)?;
         stages.mark("virtual machine started");
 
-        let channel = match (hypervisor.vsock_cid(), hypervisor.take_agent_socket()) {
-            (Some(cid), _) => HostChannel::vsock(cid),
-            (None, Some(socket)) => HostChannel::serial(socket),
-            (None, None) => return Err(SandboxError::Unsupported("a machine without a channel")),
+        let (channel, agent) = match met {
+            Some(met) => met,
+            None => reach(&mut hypervisor).await?,
         };
-        let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
         let machine = Self {
             sandbox: boot.sandbox.clone(),
             first_container: boot.container.clone(),
@@ -106,6 +120,7 @@ impl Machine {
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
             stages,
+            factory: Mutex::new(line),
             hypervisor: tokio::sync::Mutex::new(hypervisor),
         };
         machine.watch_deaths().await;
@@ -171,8 +186,10 @@ impl Machine {
         self.stages.mark(stage);
     }
 
-    pub(crate) fn write_stages(&self) {
+    /// What follows the first start of a container in it.
+    pub(crate) fn has_started(&self) {
         self.stages.write(&self.dir);
+        drop(lock(&self.factory).take());
     }
 
     /// Puts a process that stands for one of the guest's into the sandbox's cgroup.

@@ -56,6 +56,15 @@ impl Network {
         }
     }
 
+    /// Goes to the engine's namespace, with the NICs that wait.
+    pub(crate) fn move_to(&mut self, netns: Netns) -> Result<(), SandboxError> {
+        for nic in &mut self.spare {
+            nic.tap.move_to(&self.netns, &netns)?;
+        }
+        self.netns = Arc::new(netns);
+        Ok(())
+    }
+
     pub(crate) fn netns(&self) -> Arc<Netns> {
         Arc::clone(&self.netns)
     }

@@ -7,6 +7,7 @@
 use crate::agent::ProcessRef;
 use crate::boot::Boot;
 use crate::container::{Bundle, Container, hook_state};
+use crate::factory::{Taken, Warm};
 use crate::io::Relay;
 use crate::life::status_word;
 use crate::machine::Machine;
@@ -145,16 +146,18 @@ pub struct Sandbox {
     dir: SandboxDir,
     state: Mutex<StateFile>,
     machine: tokio::sync::Mutex<Option<Arc<Machine>>>,
+    warm: Mutex<Option<Warm>>,
     pub(crate) containers: Mutex<BTreeMap<Id, Arc<Container>>>,
     events: EventSink,
 }
 
 impl Sandbox {
-    /// A sandbox whose directory exists; nothing runs in it yet.
+    /// A sandbox whose directory exists; nothing runs in it yet. What was `taken` from the
+    /// factory is its machine, if it turns out to be of the kind that is asked for.
     ///
     /// # Errors
     /// The state file cannot be written.
-    pub fn new(id: Id, events: EventSink) -> Result<Arc<Self>, SandboxError> {
+    pub fn new(id: Id, events: EventSink, taken: Option<Taken>) -> Result<Arc<Self>, SandboxError> {
         let dir = SandboxDir::of(&id);
         let mut state = StateFile::open(dir.clone());
         state.record_process(std::process::id().cast_signed(), "sandbox server")?;
@@ -163,6 +166,7 @@ impl Sandbox {
             dir,
             state: Mutex::new(state),
             machine: tokio::sync::Mutex::default(),
+            warm: Mutex::new(taken.map(|taken| taken.warm)),
             containers: Mutex::default(),
             events,
         }))
@@ -271,7 +275,8 @@ impl Sandbox {
             monitor_shows_netns: own,
             config: request.config.as_deref(),
         };
-        match Machine::start(boot, &self.state).await {
+        let warm = lock(&self.warm).take();
+        match Machine::start(boot, &self.state, warm).await {
             Ok(machine) => {
                 let machine = Arc::new(machine);
                 self.watch(&machine);

@@ -18,7 +18,12 @@ const IN_MONITOR: &str = "share";
 /// How the share of a machine is served.
 pub(crate) enum Share {
     /// virtio-fs, by a devices process.
-    VirtioFs(Arc<DevicesProcess>),
+    VirtioFs {
+        /// That process.
+        devices: Arc<DevicesProcess>,
+        /// By way of which file systems are mounted.
+        dir: PathBuf,
+    },
     /// 9p, by QEMU.
     NineP {
         /// QEMU, once it is in its jail.
@@ -44,7 +49,8 @@ impl Share {
                 let (devices, socket) = DevicesProcess::spawn(dir.path(), options)?;
                 let queue_size = config.hypervisor.virtio_fs_queue_size;
                 let device = Device::VhostUserFs { socket, tag, queue_size };
-                Ok((Self::VirtioFs(Arc::new(devices)), device))
+                let (devices, dir) = (Arc::new(devices), dir.path().to_owned());
+                Ok((Self::VirtioFs { devices, dir }, device))
             }
             SharedFs::Virtio9p => {
                 let share = Self::NineP {
@@ -61,10 +67,16 @@ impl Share {
         }
     }
 
+    /// Goes on as the share of a sandbox whose directory is this.
+    pub(crate) fn move_to(&mut self, sandbox: &SandboxDir) {
+        let (Self::VirtioFs { dir, .. } | Self::NineP { dir, .. }) = self;
+        sandbox.path().clone_into(dir);
+    }
+
     /// The process that serves nothing else than the share.
     pub(crate) fn process(&self) -> Option<&Child> {
         match self {
-            Self::VirtioFs(devices) => Some(devices.child()),
+            Self::VirtioFs { devices, .. } => Some(devices.child()),
             Self::NineP { .. } => None,
         }
     }
@@ -79,7 +91,7 @@ impl Share {
     /// What the agent mounts.
     pub(crate) fn storage(&self) -> message::Storage {
         let (driver, options) = match self {
-            Self::VirtioFs(_) => ("virtiofs", Vec::new()),
+            Self::VirtioFs { .. } => ("virtiofs", Vec::new()),
             // Without a cache of pages a file cannot be mapped by its processes together.
             Self::NineP { msize, .. } => {
                 ("9p", vec![format!("msize={msize}"), "cache=mmap".to_owned()])
@@ -103,11 +115,11 @@ impl Share {
     ) -> Result<(), SandboxError> {
         let Attachment { source, at, readonly, recursive } = attachment;
         match (self, source) {
-            (Self::VirtioFs(devices), Source::Path(path)) => {
+            (Self::VirtioFs { devices, .. }, Source::Path(path)) => {
                 devices.attach(path, at, *readonly, *recursive)?;
             }
-            (Self::VirtioFs(devices), Source::FileSystem(fs)) => {
-                devices.mount(&fs.kind, &fs.source, &fs.options, at)?;
+            (Self::VirtioFs { devices, dir }, Source::FileSystem(fs)) => {
+                devices.mount(&fs.kind, &fs.source, &fs.options, dir, at)?;
             }
             (Self::NineP { monitor, dir, .. }, source) => {
                 let process = async { hypervisor.lock().await.process().await };
@@ -130,7 +142,7 @@ impl Share {
     /// Takes it out again.
     pub(crate) fn detach(&self, at: &Path) -> Result<(), SandboxError> {
         match self {
-            Self::VirtioFs(devices) => devices.detach(at)?,
+            Self::VirtioFs { devices, .. } => devices.detach(at)?,
             Self::NineP { monitor, .. } => {
                 if let Some(monitor) = monitor.get() {
                     kata_devices::detach(monitor, &in_monitor(at)?)?;

@@ -4,9 +4,10 @@ use containerd_shim_protos::shim_async::TaskClient;
 use kata_jail::{Launch, role::Role};
 use kata_protocol::Id;
 use kata_sandbox::SandboxDir;
+use kata_sandbox::factory::{self, Recipe};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use ttrpc::asynchronous::{Client as Ttrpc, transport::Socket};
@@ -55,12 +56,12 @@ pub enum ClientError {
 }
 
 impl Client {
-    /// Starts the server of a new sandbox and connects to it. The listeners exist before
-    /// the server does, so nobody ever waits for it to come up.
+    /// Starts the server of a new sandbox, whose machine is to be of this recipe, and connects
+    /// to it. The listeners exist before the server does, so nobody ever waits for it to come up.
     ///
     /// # Errors
     /// [`ClientError::Exists`] when the sandbox exists; nothing is left behind on failure.
-    pub async fn start_sandbox(sandbox: &Id) -> Result<Self, ClientError> {
+    pub async fn start_sandbox(sandbox: &Id, recipe: &Recipe) -> Result<Self, ClientError> {
         let io = |what| {
             let sandbox = sandbox.clone();
             move |source| ClientError::Io { what, sandbox, source }
@@ -69,16 +70,16 @@ impl Client {
             io::ErrorKind::AlreadyExists => ClientError::Exists(sandbox.clone()),
             _ => io("create the directory")(source),
         })?;
-        let started = (|| {
+        let started = async {
             let listeners = Listeners {
                 task: listen_stream(&dir).map_err(io("listen on task.sock"))?,
                 attach: Some(listen_packets(&dir).map_err(io("listen on attach.sock"))?),
             };
             let log = std::env::var("KATA_LOG").ok();
             let args = ServerArgs { sandbox: sandbox.to_string(), engine: None, log };
-            launch(&dir, sandbox, &args, listeners)
-        })();
-        if let Err(error) = started {
+            launch(&dir, sandbox, &args, listeners, Some(recipe)).await
+        };
+        if let Err(error) = started.await {
             let _ = dir.remove();
             return Err(error);
         }
@@ -124,13 +125,20 @@ pub(crate) struct Listeners {
     pub attach: Option<OwnedFd>,
 }
 
-/// Starts the server process of the sandbox whose directory exists.
-pub(crate) fn launch(
+/// Starts the server process of the sandbox whose directory exists: one that waits with a
+/// machine of this recipe, where there is such a one.
+pub(crate) async fn launch(
     dir: &SandboxDir,
     sandbox: &Id,
     args: &ServerArgs,
     listeners: Listeners,
+    recipe: Option<&Recipe>,
 ) -> Result<(), ClientError> {
+    if let Some(recipe) = recipe
+        && take_spare(sandbox, args, &listeners, recipe).await
+    {
+        return Ok(());
+    }
     let log = File::create(dir.log()).map_err(|source| ClientError::Io {
         what: "create the log",
         sandbox: sandbox.clone(),
@@ -150,6 +158,23 @@ pub(crate) fn launch(
         launch = launch.fd(attach, ATTACH_FD);
     }
     launch.spawn().map(drop).map_err(failed)
+}
+
+/// Whether a spare server serves the sandbox from now on.
+async fn take_spare(
+    sandbox: &Id,
+    args: &ServerArgs,
+    listeners: &Listeners,
+    recipe: &Recipe,
+) -> bool {
+    let fds = std::iter::once(&listeners.task).chain(&listeners.attach);
+    let fds: Vec<BorrowedFd<'_>> = fds.map(AsFd::as_fd).collect();
+    let Ok(args) = serde_json::to_string(args) else { return false };
+    factory::take(sandbox, recipe, args, &fds).await.unwrap_or_else(|error| {
+        let error = kata_protocol::chain(&error);
+        tracing::warn!(%sandbox, error, "no spare is to be had: a server is started");
+        false
+    })
 }
 
 fn listen_stream(dir: &SandboxDir) -> io::Result<OwnedFd> {

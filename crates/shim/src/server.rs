@@ -12,6 +12,7 @@ use anyhow::Context;
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use kata_sandbox::Sandbox;
+use kata_sandbox::factory::{self, Taken};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -78,17 +79,42 @@ pub fn main(args: &str) -> anyhow::Result<()> {
     let task = unsafe { OwnedFd::from_raw_fd(TASK_FD) };
     // SAFETY: the same; it is there when there is no containerd.
     let attach = args.engine.is_none().then(|| unsafe { OwnedFd::from_raw_fd(ATTACH_FD) });
+    runtime()?.block_on(serve(args, task, attach, None))
+}
+
+/// The `spare` role: makes a machine, waits for its sandbox, and is its server then.
+///
+/// # Errors
+/// The machine cannot be made, or what [`main`] says.
+pub fn spare_main(args: &str) -> anyhow::Result<()> {
+    runtime()?.block_on(async {
+        let Some(mut taken) = factory::spare(args).await? else { return Ok(()) };
+        let args: ServerArgs =
+            serde_json::from_str(&taken.args).context("arguments of the server")?;
+        start_log(&args);
+        let mut fds = std::mem::take(&mut taken.fds).into_iter();
+        let task = fds.next().context("the factory handed over no socket")?;
+        serve(args, task, fds.next(), Some(taken)).await
+    })
+}
+
+/// For who waits for one thing.
+pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("cannot start the server's runtime")?
-        .block_on(serve(args, task, attach))
+        .context("cannot start the asynchronous runtime")
 }
 
-async fn serve(args: ServerArgs, task: OwnedFd, attach: Option<OwnedFd>) -> anyhow::Result<()> {
+async fn serve(
+    args: ServerArgs,
+    task: OwnedFd,
+    attach: Option<OwnedFd>,
+    taken: Option<Taken>,
+) -> anyhow::Result<()> {
     let publisher = Publisher::start(args.engine.as_ref());
     let id = args.sandbox.parse().context("the sandbox's id")?;
-    let sandbox = Sandbox::new(id, publisher.sink())?;
+    let sandbox = Sandbox::new(id, publisher.sink(), taken)?;
     let stand_ins = Arc::new(StandIns::default());
     if let Some(attach) = attach {
         tokio::spawn(Arc::clone(&stand_ins).serve(attach, Arc::clone(&sandbox)));

@@ -23,6 +23,7 @@ use kata_jail::Child;
 use kata_oci::{Process, Spec};
 use kata_protocol::Id;
 use kata_sandbox::PodRole;
+use kata_sandbox::factory::Recipe;
 use kata_shim::options::CreateOptions;
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -195,7 +196,7 @@ async fn reach(
     let (id, sandbox): (Id, Id) = (record.id.parse()?, record.sandbox()?);
     let alone = id == sandbox;
     let server = if alone {
-        Server::start(&sandbox).await?
+        Server::start(&sandbox, &Recipe::of(global.config.as_deref(), spec)).await?
     } else {
         Server::connect(&sandbox)
             .await?

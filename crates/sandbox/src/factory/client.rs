@@ -2,19 +2,20 @@
 
 use super::recipe::Recipe;
 use super::server::LISTENER_FD;
-use super::wire::{self, Answer, Ask, Request, TemplateStatus};
+use super::wire::{self, Answer, Ask, Request, Take, TemplateStatus};
 use crate::packets::Packets;
 use crate::{RUN_DIR, SandboxError};
 use kata_hypervisor::Snapshot;
 use kata_jail::{Launch, Role};
+use kata_protocol::Id;
 use rustix::fs::FlockOperation;
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-fn failed(what: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
+pub(super) fn failed(what: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
     SandboxError::io(what)
 }
 
@@ -35,7 +36,41 @@ pub(crate) async fn fetch(key: &str, recipe: &Recipe) -> Result<Option<Snapshot>
 /// Says that a template is of no use. What comes of it is the factory's affair.
 pub(crate) async fn report_broken(key: &str) {
     if let Ok(Some(connection)) = wire::connect() {
-        let _ = converse(connection, Ask::Broken { key: key.to_owned() }).await;
+        let _ = converse(connection, Ask::Broken { key: key.to_owned() }, &[]).await;
+    }
+}
+
+/// Has a spare server become that of this sandbox, whose directory exists: it goes on with these
+/// arguments and descriptors. False when there is none; the sandbox gets a server of its own then.
+///
+/// # Errors
+/// The factory does not answer.
+pub async fn take(
+    sandbox: &Id,
+    recipe: &Recipe,
+    args: String,
+    fds: &[BorrowedFd<'_>],
+) -> Result<bool, SandboxError> {
+    if !wire::spares_path().exists() {
+        return Ok(false);
+    }
+    let Some(connection) = wire::connect().map_err(failed("connect to the factory"))? else {
+        return Ok(false);
+    };
+    let score = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+    let take = Take {
+        sandbox: sandbox.to_string(),
+        recipe: recipe.clone(),
+        place: wire::place().map_err(failed("find our own namespaces"))?,
+        args,
+        oom_score_adj: score.trim().parse().unwrap_or(0),
+    };
+    let (answer, _) = converse(connection, Ask::Take(take), fds).await?;
+    match answer {
+        Answer::Taken => Ok(true),
+        Answer::NotYet | Answer::OtherBuild => Ok(false),
+        Answer::Failed(why) => Err(SandboxError::Factory(why)),
+        other => Err(SandboxError::Factory(format!("it answered {other:?}"))),
     }
 }
 
@@ -60,7 +95,7 @@ pub async fn status() -> Result<Option<Vec<TemplateStatus>>, SandboxError> {
     let Some(connection) = wire::connect().map_err(failed("connect to the factory"))? else {
         return Ok(None);
     };
-    match converse(connection, Ask::Status).await?.0 {
+    match converse(connection, Ask::Status, &[]).await?.0 {
         Answer::Status(templates) => Ok(Some(templates)),
         // It has just ended, for being old.
         Answer::OtherBuild => Ok(None),
@@ -76,26 +111,30 @@ pub async fn destroy() -> Result<bool, SandboxError> {
     let Some(connection) = wire::connect().map_err(failed("connect to the factory"))? else {
         return Ok(false);
     };
-    converse(connection, Ask::Destroy).await?;
+    converse(connection, Ask::Destroy, &[]).await?;
     Ok(true)
 }
 
 /// Asks; starts the factory when there is none, or only one of another build.
 async fn ask_started(ask: impl Fn() -> Ask) -> Result<(Answer, Vec<OwnedFd>), SandboxError> {
     if let Some(connection) = wire::connect().map_err(failed("connect to the factory"))? {
-        let (answer, fds) = converse(connection, ask()).await?;
+        let (answer, fds) = converse(connection, ask(), &[]).await?;
         if !matches!(answer, Answer::OtherBuild) {
             return Ok((answer, fds));
         }
     }
-    converse(start()?, ask()).await
+    converse(start()?, ask(), &[]).await
 }
 
-async fn converse(connection: OwnedFd, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), SandboxError> {
+async fn converse(
+    connection: OwnedFd,
+    ask: Ask,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(Answer, Vec<OwnedFd>), SandboxError> {
     let exchange = async {
         let request = Request { build: wire::build()?, ask };
         let connection = Packets::new(connection)?;
-        connection.send(&serde_json::to_vec(&request)?, &[]).await?;
+        connection.send(&serde_json::to_vec(&request)?, fds).await?;
         let ended = || io::Error::other("it ended; its log says why");
         let (bytes, fds) = connection.receive().await?.ok_or_else(ended)?;
         Ok((serde_json::from_slice(&bytes)?, fds))

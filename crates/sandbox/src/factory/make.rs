@@ -14,7 +14,7 @@ use std::time::Duration;
 pub(crate) const NIC: Mac = Mac::new([2, 0, 0, 0, 0, 1]);
 
 /// A container such as engines make.
-const REHEARSAL: &[u8] = include_bytes!("rehearsal.json");
+pub(super) const REHEARSAL: &[u8] = include_bytes!("rehearsal.json");
 /// How long a call that failed waits to learn that its machine ended.
 const CAUSE: Duration = Duration::from_millis(500);
 

@@ -10,18 +10,29 @@
 //! replaced since is never found, and goes when the next one is made. A factory of another
 //! build of ours is told to end.
 //!
+//! With `vm_cache_number` it keeps *spares* as well ([`pool`]): sandbox servers without a sandbox,
+//! each with a clone that has met its agent, built a container once, and stands still
+//! ([`spare`]). Who starts a sandbox asks for one, and hands it what it would have started a
+//! server with. So nobody but its own server is ever the parent of a monitor, and a spare dies
+//! with the factory.
+//!
 //! Trust: the factory serves root only (its socket is root's), and hears nothing from any
 //! guest but what booting one takes; a clone cannot change its template (the kernel's seals).
 
 mod client;
 mod make;
+mod pool;
 mod recipe;
 mod server;
+mod spare;
 mod wire;
 
-pub use client::{destroy, init, status};
+pub use client::{destroy, init, status, take};
 pub(crate) use client::{fetch, report_broken};
 pub(crate) use make::NIC;
-pub(crate) use recipe::{Recipe, description, key, memory_of_clones};
+pub use recipe::Recipe;
+pub(crate) use recipe::{description, key, memory_of_clones};
 pub use server::main;
+pub(crate) use spare::Warm;
+pub use spare::{Taken, spare};
 pub use wire::TemplateStatus;

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// What a machine's configuration and size are decided from.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub(crate) struct Recipe {
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
+pub struct Recipe {
     /// The configuration file; none: the usual ones.
     config: Option<PathBuf>,
     annotations: BTreeMap<String, String>,
@@ -20,7 +20,7 @@ pub(crate) struct Recipe {
 
 impl Recipe {
     /// Of the sandbox that this specification describes.
-    pub(crate) fn of(config: Option<&Path>, spec: &Spec) -> Self {
+    pub fn of(config: Option<&Path>, spec: &Spec) -> Self {
         let limits = Limits::of_pod(&spec.annotations)
             .unwrap_or_else(|| Limits::of_container(spec.linux().resources.as_ref()));
         let ours = |name: &str| name.starts_with("io.katacontainers.");
@@ -35,6 +35,11 @@ impl Recipe {
     /// Of a sandbox that says nothing of itself.
     pub(crate) fn usual(config: Option<PathBuf>) -> Self {
         Self { config, ..Self::default() }
+    }
+
+    /// Whether it says nothing of itself: there are spares for such sandboxes only.
+    pub(crate) fn is_usual(&self) -> bool {
+        *self == Self::usual(self.config.clone())
     }
 
     /// The configuration, and how large the machine is to be.

@@ -1,8 +1,9 @@
 //! The factory process: keeps templates, makes those that are asked for.
 
 use super::make::Plan;
+use super::pool::{self, Pool};
 use super::recipe::Recipe;
-use super::wire::{self, Answer, Ask, Request, TemplateStatus};
+use super::wire::{self, Answer, Ask, Request, Take, TemplateStatus};
 use crate::packets::{PacketListener, Packets};
 use crate::process::lock;
 use kata_hypervisor::Snapshot;
@@ -55,6 +56,7 @@ async fn serve(listener: OwnedFd) -> io::Result<()> {
 #[derive(Default)]
 struct Factory {
     templates: Mutex<HashMap<String, Template>>,
+    pool: Arc<Pool>,
     /// One is made at a time.
     making: tokio::sync::Mutex<()>,
     ended: AtomicBool,
@@ -82,7 +84,7 @@ enum State {
 
 impl Factory {
     async fn converse(self: Arc<Self>, connection: Packets, build: &str) -> io::Result<()> {
-        let Some((bytes, _)) = connection.receive().await? else { return Ok(()) };
+        let Some((bytes, fds)) = connection.receive().await? else { return Ok(()) };
         let request: Request = serde_json::from_slice(&bytes)?;
         if request.build != build {
             tracing::info!("another build of this program is in use: the factory ends");
@@ -92,13 +94,22 @@ impl Factory {
             Ask::Fetch { key, recipe } => match self.fetch(&key, &recipe) {
                 Ok(Some(snapshot)) => {
                     let answer = serde_json::to_vec(&Answer::Template)?;
-                    return connection.send(&answer, &snapshot.fds()).await;
+                    connection.send(&answer, &snapshot.fds()).await?;
+                    if let Ok(plan) = Plan::of(&recipe) {
+                        self.keep_spares(&recipe, &plan);
+                    }
+                    return Ok(());
                 }
                 Ok(None) => Answer::NotYet,
                 Err(why) => Answer::Failed(why),
             },
             Ask::Make { recipe } => match self.made(&recipe).await {
                 Ok(()) => Answer::Done,
+                Err(why) => Answer::Failed(why),
+            },
+            Ask::Take(take) => match self.take(&take, fds).await {
+                Ok(true) => Answer::Taken,
+                Ok(false) => Answer::NotYet,
                 Err(why) => Answer::Failed(why),
             },
             Ask::Broken { key } => {
@@ -117,6 +128,7 @@ impl Factory {
         if !self.ended.swap(true, Ordering::Relaxed) {
             let _ = std::fs::remove_file(wire::socket_path());
             lock(&self.templates).clear();
+            self.pool.clear();
         }
         let answered = reply(connection, answer).await;
         self.over.notify_one();
@@ -143,6 +155,22 @@ impl Factory {
         let plan = Plan::of(recipe).map_err(|error| chain(&error))?;
         self.begin(recipe, plan);
         Ok(None)
+    }
+
+    /// Hands a sandbox over to a spare of its kind, and sees to it that there are such.
+    async fn take(self: &Arc<Self>, take: &Take, fds: Vec<OwnedFd>) -> Result<bool, String> {
+        let plan = Plan::of(&take.recipe).map_err(|error| chain(&error))?;
+        let kind = pool::kind_of(&plan).map_err(|error| error.to_string())?;
+        self.keep_spares(&take.recipe, &plan);
+        self.pool.take(&kind, take, fds).await.map_err(|error| error.to_string())
+    }
+
+    /// Spares are clones of a template, which has to be there.
+    fn keep_spares(&self, recipe: &Recipe, plan: &Plan) {
+        let templates = lock(&self.templates);
+        if matches!(templates.get(&plan.key).map(|t| &t.state), Some(State::Ready(_))) {
+            self.pool.keep(recipe, plan);
+        }
     }
 
     /// Makes the template, again if it failed before; returns when it is there.
@@ -177,7 +205,7 @@ impl Factory {
             used: self.tick(),
         };
         lock(&self.templates).insert(plan.key.clone(), template);
-        let factory = Arc::clone(self);
+        let (factory, recipe) = (Arc::clone(self), recipe.clone());
         tokio::spawn(async move {
             let _in_turn = factory.making.lock().await;
             let state = match plan.make().await {
@@ -192,6 +220,7 @@ impl Factory {
                 }
             };
             factory.settle(&plan.key, state);
+            factory.keep_spares(&recipe, &plan);
         });
         waits
     }
@@ -240,6 +269,8 @@ impl Factory {
                 State::Making | State::Failed(_) => 0,
             },
             clones: template.clones,
+            spares: self.pool.count(key).0,
+            spares_wanted: self.pool.count(key).1,
         };
         templates.iter().map(status).collect()
     }

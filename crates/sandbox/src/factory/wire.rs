@@ -33,6 +33,9 @@ pub(super) enum Ask {
     Broken {
         key: String,
     },
+    /// A spare sandbox server is to become the one of the sandbox that this describes. With it
+    /// come the descriptors on which it is to serve.
+    Take(Take),
     Status,
     /// Forget all, and end.
     Destroy,
@@ -45,11 +48,37 @@ pub(super) enum Answer {
     Template,
     /// There is none so far.
     NotYet,
+    /// A spare server is the sandbox's now.
+    Taken,
     Status(Vec<TemplateStatus>),
     Done,
     /// The factory is of another build, and ends.
     OtherBuild,
     Failed(String),
+}
+
+/// What makes a spare server the server of a sandbox.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(super) struct Take {
+    /// Whose directory exists.
+    pub sandbox: String,
+    pub recipe: Recipe,
+    /// Namespaces of who asks: paths mean the same only where they are the same.
+    pub place: String,
+    /// Arguments of the server, as it has them when it is started for a sandbox.
+    pub args: String,
+    /// How soon it is to go when memory is short: as it would have inherited it.
+    pub oom_score_adj: i32,
+}
+
+/// What a spare server says to the factory.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum FromSpare {
+    /// It has a machine and waits.
+    Ready,
+    /// It took the sandbox over.
+    Taken,
 }
 
 /// One template, as `factory status` shows it.
@@ -67,6 +96,10 @@ pub struct TemplateStatus {
     pub bytes: u64,
     /// Clones that were made of it.
     pub clones: u64,
+    /// Clones that wait for a sandbox.
+    pub spares: u32,
+    /// How many should.
+    pub spares_wanted: u32,
 }
 
 /// Where the factory listens. No sandbox's directory begins with a dot.
@@ -82,6 +115,18 @@ pub(super) fn lock_path() -> PathBuf {
 /// What the factory says to people.
 pub(super) fn log_path() -> PathBuf {
     Path::new(RUN_DIR).join(".factory.log")
+}
+
+/// Exists while there are spare servers: who starts a sandbox asks for one only then.
+pub(super) fn spares_path() -> PathBuf {
+    Path::new(RUN_DIR).join(".factory.spares")
+}
+
+/// The namespaces of this process that a path's meaning depends on.
+pub(super) fn place() -> io::Result<String> {
+    let name = |kind: &str| std::fs::read_link(format!("/proc/self/ns/{kind}"));
+    let names = ["mnt", "user", "pid", "cgroup"].map(name);
+    names.into_iter().map(|name| Ok(name?.display().to_string())).collect()
 }
 
 /// Tells this build of ours from any other.

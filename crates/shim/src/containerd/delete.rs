@@ -9,6 +9,7 @@ use super::address::Address;
 use super::flags::Flags;
 use super::{sandbox_id, start};
 use crate::client::{Client, ClientError};
+use crate::server::runtime;
 use crate::task;
 use anyhow::Context;
 use containerd_shim_protos::api::{DeleteResponse, ShutdownRequest};
@@ -24,7 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(4);
 pub(crate) fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
     let id: Id = flags.id.parse().context("flag -id")?;
     // Without a bundle nothing says that there is a pod.
-    let pod = start::bundle(flags).and_then(|bundle| start::role(&bundle));
+    let pod = start::bundle(flags)
+        .and_then(|bundle| start::spec(&bundle))
+        .and_then(|spec| start::role(spec.as_ref()));
     let group = match pod {
         Ok(PodRole::Container { sandbox }) => sandbox,
         Ok(PodRole::Alone | PodRole::Sandbox) | Err(_) => id.clone(),
@@ -32,11 +35,7 @@ pub(crate) fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
     let sandbox = sandbox_id(&flags.namespace, &group)?;
     let dir = SandboxDir::of(&sandbox);
     let machine = pid_of(&dir, MACHINE_ROLE).unwrap_or(0);
-    let alive = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a runtime")?
-        .block_on(give_up(&sandbox, &id));
+    let alive = runtime()?.block_on(give_up(&sandbox, &id));
     if !alive {
         cleanup(&dir).with_context(|| format!("cannot undo sandbox {sandbox}"))?;
         // A `start` that was killed before it wrote down that it listens.

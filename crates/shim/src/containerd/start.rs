@@ -6,10 +6,11 @@ use super::bootstrap::Bootstrap;
 use super::flags::Flags;
 use super::{Engine, sandbox_id};
 use crate::client::{Listeners, launch};
-use crate::server::ServerArgs;
+use crate::server::{ServerArgs, runtime};
 use anyhow::{Context, bail};
 use kata_oci::Spec;
 use kata_protocol::Id;
+use kata_sandbox::factory::Recipe;
 use kata_sandbox::{PodRole, Resource, SandboxDir, StateFile, cleanup};
 use std::fs;
 use std::io;
@@ -27,7 +28,8 @@ pub(crate) fn start(name: &str, flags: &Flags, input: &[u8]) -> anyhow::Result<S
     let bootstrap = Bootstrap::parse(input);
     let id: Id = flags.id.parse().context("flag -id")?;
     let bundle = bundle(flags)?;
-    let pod = role(&bundle)?;
+    let spec = spec(&bundle)?;
+    let pod = role(spec.as_ref())?;
     let (group, joins) = match &pod {
         PodRole::Container { sandbox } => (sandbox, true),
         PodRole::Alone | PodRole::Sandbox => (&id, false),
@@ -45,7 +47,8 @@ pub(crate) fn start(name: &str, flags: &Flags, input: &[u8]) -> anyhow::Result<S
             log: bundle.join("log"),
             config: bootstrap.config().map_or_else(|| variant(name), |path| Ok(Some(path)))?,
         };
-        launch_server(&sandbox, &address, engine, flags.debug)?;
+        let recipe = spec.map(|spec| Recipe::of(engine.config.as_deref(), &spec));
+        launch_server(&sandbox, &address, engine, flags.debug, recipe.as_ref())?;
     }
     write_address(&bundle, &address)?;
     Ok(bootstrap.answer(&address.uri()))
@@ -57,16 +60,19 @@ pub(crate) fn bundle(flags: &Flags) -> anyhow::Result<PathBuf> {
     Ok(here.join(&flags.bundle))
 }
 
-/// What the container of a bundle is to a pod. A bundle without specification is a sandbox's,
-/// of the Sandbox API.
-pub(crate) fn role(bundle: &Path) -> anyhow::Result<PodRole> {
+/// The specification in a bundle; none in a sandbox's, of the Sandbox API.
+pub(crate) fn spec(bundle: &Path) -> anyhow::Result<Option<Spec>> {
     let path = bundle.join(CONFIG);
     let raw = match fs::read(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(PodRole::Sandbox),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.with_context(|| format!("cannot read {}", path.display()))?,
     };
-    let spec = Spec::parse(&raw).with_context(|| format!("cannot use {}", path.display()))?;
-    Ok(PodRole::of(&spec.annotations)?)
+    Spec::parse(&raw).map(Some).with_context(|| format!("cannot use {}", path.display()))
+}
+
+/// What the container with this specification is to a pod.
+pub(crate) fn role(spec: Option<&Spec>) -> anyhow::Result<PodRole> {
+    Ok(spec.map_or(Ok(PodRole::Sandbox), |spec| PodRole::of(&spec.annotations))?)
 }
 
 fn events(bootstrap: &Bootstrap) -> PathBuf {
@@ -93,6 +99,7 @@ fn launch_server(
     address: &Address,
     engine: Engine,
     debug: bool,
+    recipe: Option<&Recipe>,
 ) -> anyhow::Result<()> {
     let listener = address.listen()?;
     // Written down as soon as there is where to; until then `delete` finds it by its name.
@@ -106,7 +113,8 @@ fn launch_server(
         let level = std::env::var("KATA_LOG").ok().or(debug.then(|| "debug".to_owned()));
         let args = ServerArgs { sandbox: sandbox.to_string(), engine: Some(engine), log: level };
         let listeners = Listeners { task: listener.into(), attach: None };
-        Ok(launch(&dir, sandbox, &args, listeners)?)
+        let launched = launch(&dir, sandbox, &args, listeners, recipe);
+        Ok(runtime()?.block_on(launched)?)
     })();
     if launched.is_err() {
         address.remove();
@@ -164,12 +172,13 @@ mod tests {
     #[test]
     fn a_bundle_tells_what_its_container_is() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(role(dir.path()).unwrap(), PodRole::Sandbox);
+        let told = || spec(dir.path()).and_then(|spec| role(spec.as_ref()));
+        assert_eq!(told().unwrap(), PodRole::Sandbox);
         fs::write(dir.path().join(CONFIG), "{").unwrap();
-        assert!(role(dir.path()).unwrap_err().to_string().contains("config.json"));
+        assert!(told().unwrap_err().to_string().contains("config.json"));
         let text = r#"{"ociVersion":"1.0.2","root":{"path":"rootfs"},"annotations":{
             "io.kubernetes.cri.container-type":"sandbox"}}"#;
         fs::write(dir.path().join(CONFIG), text).unwrap();
-        assert_eq!(role(dir.path()).unwrap(), PodRole::Sandbox);
+        assert_eq!(told().unwrap(), PodRole::Sandbox);
     }
 }

@@ -1,0 +1,187 @@
+//! A spare sandbox server: it makes a machine, lets it stand still, and waits for a sandbox.
+
+use super::client::failed;
+use super::make::{NIC, REHEARSAL};
+use super::pool::LINE_FD;
+use super::recipe::Recipe;
+use super::wire::{FromSpare, Take};
+use crate::agent::{Agent, Hello};
+use crate::boot::{Boot, Power};
+use crate::network::Network;
+use crate::packets::Packets;
+use crate::share::Share;
+use crate::stages::Stages;
+use crate::state::{MACHINE_ROLE, StateFile};
+use crate::{SandboxDir, SandboxError, vm_config};
+use kata_channel::HostChannel;
+use kata_config::{SandboxConfig, Sizing};
+use kata_hypervisor::{Hypervisor, Qemu};
+use kata_network::{Model, Netns};
+use kata_oci::Spec;
+use kata_protocol::{Id, StreamHeader};
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// A machine that stands still: its agent has answered, and has built a container once.
+pub(crate) struct Warm {
+    /// Of which sandboxes it can be.
+    pub recipe: Recipe,
+    pub config: SandboxConfig,
+    pub sizing: Sizing,
+    /// With the NIC that waits, in a namespace where nothing else is.
+    pub network: Network,
+    pub share: Share,
+    pub hypervisor: Qemu,
+    pub channel: HostChannel,
+    pub agent: Agent,
+    /// The factory makes another one when this is dropped.
+    pub line: Packets,
+}
+
+/// What a spare server goes on with.
+pub struct Taken {
+    pub(crate) warm: Warm,
+    /// The server's arguments.
+    pub args: String,
+    /// On which it serves: calls, and stand-ins if there are any.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// What a spare is called, as long as it has no sandbox. No engine's sandbox has such a name.
+pub(super) fn name(pid: u32) -> Result<Id, SandboxError> {
+    Ok(format!("spare+{pid}").parse()?)
+}
+
+/// The first part of the role `spare`: until a sandbox has come; none when the factory ends
+/// before. What it logs is in the directory of the spare, and then in the sandbox's.
+///
+/// # Errors
+/// The machine cannot be made, or has ended.
+pub async fn spare(args: &str) -> Result<Option<Taken>, SandboxError> {
+    // SAFETY: who starts this role hands it this descriptor (pool::launch); this is the first and
+    // only place that takes it.
+    let line = unsafe { OwnedFd::from_raw_fd(LINE_FD) };
+    let line = Packets::new(line).map_err(failed("use the line to the factory"))?;
+    let recipe: Recipe = serde_json::from_str(args).map_err(|error| {
+        SandboxError::Factory(format!("what it wants is not readable: {error}"))
+    })?;
+    let id = name(std::process::id())?;
+    let dir = SandboxDir::create(&id).map_err(failed("make a spare's directory"))?;
+    File::create(dir.log()).map_err(failed("make a spare's log"))?;
+    let taken = wait(recipe, &id, &dir, line).await;
+    if !matches!(taken, Ok(Some(_))) {
+        // What is wrong is said already, if anything is.
+        let _ = dir.remove();
+    }
+    taken
+}
+
+async fn wait(
+    recipe: Recipe,
+    id: &Id,
+    dir: &SandboxDir,
+    line: Packets,
+) -> Result<Option<Taken>, SandboxError> {
+    let mut warm = Warm::prepare(recipe, id, dir, line).await?;
+    tell(&warm.line, &FromSpare::Ready).await?;
+    let mut exited = warm.hypervisor.exited();
+    let order = tokio::select! {
+        order = warm.line.receive() => order.map_err(failed("hear of a sandbox"))?,
+        exit = exited.wait() => return Err(SandboxError::Lost(exit.to_string())),
+    };
+    let Some((order, fds)) = order else { return Ok(None) };
+    let take: Take = serde_json::from_slice(&order)
+        .map_err(|error| SandboxError::Factory(format!("its order is not readable: {error}")))?;
+    warm.move_to(&take, dir)?;
+    tell(&warm.line, &FromSpare::Taken).await?;
+    Ok(Some(Taken { warm, args: take.args, fds }))
+}
+
+/// Without the right to lower it, what is inherited stays.
+fn set_oom_score(pid: i32, score: i32) {
+    let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string());
+}
+
+async fn tell(line: &Packets, what: &FromSpare) -> Result<(), SandboxError> {
+    let sent = async { line.send(&serde_json::to_vec(what)?, &[]).await };
+    sent.await.map_err(failed("answer the factory"))
+}
+
+impl Warm {
+    /// From here on all that the spare has is the sandbox's, whatever becomes of either.
+    fn move_to(&mut self, take: &Take, from: &SandboxDir) -> Result<(), SandboxError> {
+        let to = SandboxDir::of(&take.sandbox.parse()?);
+        let mut state = StateFile::open(to.clone());
+        let devices = self.share.process().map(|process| (process.pid(), "devices process"));
+        let all = [Some((self.hypervisor.pid(), MACHINE_ROLE)), devices];
+        for (pid, role) in all.into_iter().flatten() {
+            state.record_process(pid, role)?;
+            set_oom_score(pid, take.oom_score_adj);
+        }
+        set_oom_score(std::process::id().cast_signed(), take.oom_score_adj);
+        // Who has it open goes on writing to it.
+        let log = || -> io::Result<()> {
+            std::fs::rename(from.log(), to.log())?;
+            rustix::stdio::dup2_stderr(File::options().append(true).open(to.log())?)?;
+            from.remove()
+        };
+        log().map_err(failed("take over a spare's directory"))?;
+        self.share.move_to(&to);
+        self.recipe = take.recipe.clone();
+        Ok(())
+    }
+
+    async fn prepare(
+        recipe: Recipe,
+        id: &Id,
+        dir: &SandboxDir,
+        line: Packets,
+    ) -> Result<Self, SandboxError> {
+        let mut state = StateFile::open(dir.clone());
+        state.record_process(std::process::id().cast_signed(), "spare")?;
+        let (config, sizing) = recipe.configure(id)?;
+        let model = vm_config::network_model(&config);
+        if model != Model::TcFilter {
+            return Err(SandboxError::Unsupported(
+                "a spare machine with another network than tcfilter",
+            ));
+        }
+        let boot = Boot {
+            sandbox: id,
+            container: id,
+            dir,
+            spec: &Spec::default(),
+            resolv_conf: None,
+            netns: None,
+            // Until it knows whose network it has, the monitor is in one of its own.
+            monitor_shows_netns: true,
+            config: None,
+        };
+        let mut network = Some(Network::new(Netns::create()?, model));
+        let (state, stages) = (Mutex::new(state), Stages::start());
+        let power =
+            Power { boot: &boot, config: &config, sizing: &sizing, state: &state, stages: &stages };
+        let none = || SandboxError::Factory("there is no template to make a spare of".to_owned());
+        let (_, clone) = power.template(&recipe).await.ok_or_else(none)?;
+        let (share, mut hypervisor) = power.on(&mut network, clone, Some(NIC)).await?;
+        let network = network.ok_or_else(none)?;
+        let socket = hypervisor.take_agent_socket();
+        let channel = socket.map(HostChannel::serial);
+        let channel =
+            channel.ok_or(SandboxError::Unsupported("a spare without a serial channel"))?;
+        let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
+        let hello = Hello {
+            sandbox: id.to_string(),
+            hostname: String::new(),
+            storages: vec![share.storage()],
+            online_cpus: sizing.vcpus,
+        };
+        agent.connect(hello, Duration::from_secs(config.agent.dial_timeout.into())).await?;
+        agent.rehearse(REHEARSAL).await?;
+        hypervisor.pause().await?;
+        Ok(Self { recipe, config, sizing, network, share, hypervisor, channel, agent, line })
+    }
+}
