@@ -111,11 +111,11 @@ async fn adopt(
     }
     stages.mark("spare taken over");
     if let Some(netns) = boot.netns.as_ref().filter(|_| !boot.monitor_shows_netns) {
-        network.move_to(Netns::open(netns.path())?)?;
+        network.move_to(Netns::open(netns.path())?);
     }
     boot.netns = None;
-    stages.mark("NIC moved");
     hypervisor.resume().await?;
+    stages.mark("monitor goes on");
     let (network, met, line) = (Some(network), Some((channel, agent)), Some(line));
     Ok(Started { config, sizing, cgroup, network, share, hypervisor, met, line })
 }

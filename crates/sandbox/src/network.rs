@@ -9,12 +9,13 @@
 //! says what the guest is to be told.
 
 use crate::SandboxError;
-use kata_network::{Attachment, Link, Mac, Model, Netns, TAP_PREFIX, Tap};
+use kata_network::{Attachment, Link, Mac, Model, Netns, NetworkError, TAP_PREFIX, Tap};
 use kata_protocol::{agent, chain, limits};
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 /// A NIC of the VM, whether or not an interface uses it.
 pub(crate) struct Nic {
@@ -36,6 +37,8 @@ pub(crate) struct Network {
     model: Model,
     /// Plugged, and not joined.
     spare: VecDeque<Nic>,
+    /// On the way to this namespace.
+    moving: Option<JoinHandle<Result<VecDeque<Nic>, NetworkError>>>,
     joined: Vec<Joined>,
     made: u32,
     /// The machine takes no more NICs.
@@ -49,6 +52,7 @@ impl Network {
             netns: Arc::new(netns),
             model,
             spare: VecDeque::new(),
+            moving: None,
             joined: Vec::new(),
             made: 0,
             full: false,
@@ -56,12 +60,23 @@ impl Network {
         }
     }
 
-    /// Goes to the engine's namespace, with the NICs that wait.
-    pub(crate) fn move_to(&mut self, netns: Netns) -> Result<(), SandboxError> {
-        for nic in &mut self.spare {
-            nic.tap.move_to(&self.netns, &netns)?;
-        }
-        self.netns = Arc::new(netns);
+    /// Goes to the engine's namespace, with the NICs that wait. That takes the kernel some
+    /// twenty milliseconds, in which the guest can do something: who looks for the NICs next
+    /// waits for the end of it.
+    pub(crate) fn move_to(&mut self, netns: Netns) {
+        let netns = Arc::new(netns);
+        let (from, to) = (std::mem::replace(&mut self.netns, Arc::clone(&netns)), netns);
+        let mut nics = std::mem::take(&mut self.spare);
+        self.moving = Some(std::thread::spawn(move || {
+            nics.iter_mut().try_for_each(|nic| nic.tap.move_to(&from, &to))?;
+            Ok(nics)
+        }));
+    }
+
+    fn arrive(&mut self) -> Result<(), SandboxError> {
+        let Some(moving) = self.moving.take() else { return Ok(()) };
+        let moved = moving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        self.spare.extend(moved?);
         Ok(())
     }
 
@@ -86,6 +101,7 @@ impl Network {
     /// is no such. Gives what the VMM needs for it; it must be plugged before the next one
     /// is made, and before [`Network::sync`].
     pub(crate) fn grow(&mut self) -> Result<Option<(OwnedFd, Mac)>, SandboxError> {
+        self.arrive()?;
         if self.full || self.joined.len() >= limits::INTERFACES {
             return Ok(None);
         }
@@ -145,6 +161,7 @@ impl Network {
         &mut self,
         resolver: Option<IpAddr>,
     ) -> Result<Option<agent::Network>, SandboxError> {
+        self.arrive()?;
         let state = kata_network::scan(&self.netns)?;
         self.part_from_gone(&state.links);
         for link in &state.links {

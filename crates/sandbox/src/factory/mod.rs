@@ -23,6 +23,7 @@ mod client;
 mod make;
 mod pool;
 mod recipe;
+mod rehearsal;
 mod server;
 mod spare;
 mod wire;

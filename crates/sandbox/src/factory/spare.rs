@@ -1,9 +1,10 @@
 //! A spare sandbox server: it makes a machine, lets it stand still, and waits for a sandbox.
 
 use super::client::failed;
-use super::make::{NIC, REHEARSAL};
+use super::make::NIC;
 use super::pool::LINE_FD;
 use super::recipe::Recipe;
+use super::rehearsal::Rehearsal;
 use super::wire::{FromSpare, Take};
 use crate::agent::{Agent, Hello};
 use crate::boot::{Boot, Power};
@@ -167,7 +168,7 @@ impl Warm {
         let none = || SandboxError::Factory("there is no template to make a spare of".to_owned());
         let (_, clone) = power.template(&recipe).await.ok_or_else(none)?;
         let (share, mut hypervisor) = power.on(&mut network, clone, Some(NIC)).await?;
-        let network = network.ok_or_else(none)?;
+        let mut network = network.ok_or_else(none)?;
         let socket = hypervisor.take_agent_socket();
         let channel = socket.map(HostChannel::serial);
         let channel =
@@ -180,7 +181,16 @@ impl Warm {
             online_cpus: sizing.vcpus,
         };
         agent.connect(hello, Duration::from_secs(config.agent.dial_timeout.into())).await?;
-        agent.rehearse(REHEARSAL).await?;
+        let hypervisor = tokio::sync::Mutex::new(hypervisor);
+        let rehearsal = Rehearsal {
+            hypervisor: &hypervisor,
+            share: &share,
+            channel: &channel,
+            agent: &agent,
+            network: &mut network,
+        };
+        rehearsal.run(dir.path()).await?;
+        let mut hypervisor = hypervisor.into_inner();
         hypervisor.pause().await?;
         Ok(Self { recipe, config, sizing, network, share, hypervisor, channel, agent, line })
     }

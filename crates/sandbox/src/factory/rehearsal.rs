@@ -1,0 +1,99 @@
+//! A container that a spare's guest runs before anybody needs one, by the same calls by which
+//! it will run others: what a guest does the first time only is done then. Under TCG that is
+//! to translate the code of the agent and of the kernel, which is most of a first start.
+
+use super::make::REHEARSAL;
+use crate::SandboxError;
+use crate::agent::{Agent, NewContainer, ProcessRef};
+use crate::container::Bundle;
+use crate::io::{EngineStreams, Relay};
+use crate::network::Network;
+use crate::process::Stdio;
+use crate::sandbox::CreateRequest;
+use crate::share::Share;
+use kata_channel::HostChannel;
+use kata_hypervisor::Qemu;
+use kata_protocol::Id;
+use serde_json::{Value, json};
+use std::fs;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+use tokio::sync::Mutex;
+
+/// Where the container has its program: this one, which runs anywhere, and says its version.
+const PROGRAM: &str = "/rehearsal";
+/// How long the guest may take. It takes a second where it is emulated.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The parts of a machine that has answered.
+pub(super) struct Rehearsal<'a> {
+    pub hypervisor: &'a Mutex<Qemu>,
+    pub share: &'a Share,
+    pub channel: &'a HostChannel,
+    pub agent: &'a Agent,
+    pub network: &'a mut Network,
+}
+
+impl Rehearsal<'_> {
+    /// Runs the container; nothing of it is left. `dir` is the spare's.
+    pub(super) async fn run(self, dir: &Path) -> Result<(), SandboxError> {
+        let path = dir.join("rehearsal");
+        write_bundle(&path).map_err(SandboxError::io("write the bundle of a rehearsal"))?;
+        let id: Id = "rehearsal".parse()?;
+        let process = ProcessRef { container: id.clone(), exec: None };
+        let mut request = CreateRequest {
+            id: id.clone(),
+            bundle: path.clone(),
+            rootfs: Vec::new(),
+            stdio: stdio().map_err(SandboxError::io("make the streams of a rehearsal"))?,
+            stand_in: None,
+            config: None,
+            systemd_cgroup: false,
+        };
+        let bundle = Bundle::load(&request, None)?;
+        for attachment in &bundle.plan.attachments {
+            self.share.attach(self.hypervisor, attachment).await?;
+        }
+        let network = self.network.sync(None)?;
+        let (message, streams) =
+            (request.stdio.message(), std::mem::take(&mut request.stdio.streams));
+        let relay = Relay::start(self.channel, &id, None, streams).await?;
+        let spec = bundle.plan.spec.clone();
+        let new = NewContainer { bundle: &bundle, spec, stdio: message, network };
+        self.agent.create(new, PATIENCE).await?;
+        self.agent.start(&id, None).await?;
+        self.agent.wait(&process).await?;
+        self.agent.delete(&process).await?;
+        relay.end_input();
+        for attachment in bundle.plan.attachments.iter().rev() {
+            self.share.detach(&attachment.at)?;
+        }
+        fs::remove_dir_all(&path).map_err(SandboxError::io("remove the bundle of a rehearsal"))
+    }
+}
+
+fn write_bundle(path: &Path) -> io::Result<()> {
+    fs::create_dir_all(path.join("rootfs"))?;
+    let mut spec: Value = serde_json::from_slice(REHEARSAL)?;
+    spec["root"]["path"] = json!("rootfs");
+    spec["process"]["args"] = json!([PROGRAM, "--version"]);
+    let program = fs::read_link("/proc/self/exe")?;
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        mounts.push(json!({
+            "destination": PROGRAM, "source": program, "type": "bind", "options": ["rbind", "ro"],
+        }));
+    }
+    fs::write(path.join("config.json"), spec.to_string())
+}
+
+/// Streams such as engines give: nobody reads what is written.
+fn stdio() -> io::Result<Stdio> {
+    let null = || {
+        Ok::<_, io::Error>(Some(File::options().read(true).write(true).open("/dev/null")?.into()))
+    };
+    let streams =
+        EngineStreams { stdin: null()?, stdout: null()?, stderr: null()?, held: Vec::new() };
+    Ok(Stdio { streams, ..Stdio::default() })
+}
