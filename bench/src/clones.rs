@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 use kata_e2e::assets::CTL;
-use kata_e2e::command;
+use kata_e2e::command::{self, PATIENCE};
 use kata_e2e::docker::{Docker, IMAGE};
 
 use crate::report::Report;
@@ -28,7 +28,8 @@ pub fn measure(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> 
         let what = format!("docker run --rm busybox true, cloned ({share})");
         report.compare(&what, &ours, &theirs, (share == "virtio-fs").then_some(1.6));
         let what = format!("VM exec to agent ready, cloned ({share})");
-        stages::measure(docker, &format!("--runtime {runtime}"), &what, bound, runs, report)?;
+        let options = format!("--runtime {runtime}");
+        stages::measure(docker, &options, (&what, bound), runs, report, || Ok(()))?;
         memory::measure(
             docker,
             &format!("--runtime {runtime}"),
@@ -38,4 +39,29 @@ pub fn measure(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> 
         command::ok(Command::new(CTL).args(["factory", "destroy"]))?;
     }
     Ok(())
+}
+
+/// The runtime of the harness that keeps spares.
+const SPARES: &str = "kata-pool";
+
+/// Machines that wait; each run begins when there are as many as there should be.
+pub fn measure_spares(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
+    eprintln!("bench: spares, {runs} runs");
+    let config = docker.arena.work.join(format!("{SPARES}.toml"));
+    command::ok(Command::new(CTL).arg("--config").arg(&config).args(["factory", "init"]))?;
+    let filled = || {
+        command::eventually("the spares are there", PATIENCE, || {
+            let status = command::ok(Command::new(CTL).args(["factory", "status"]))?.out();
+            Ok(status.contains("2/2"))
+        })
+    };
+    let line = |runtime: &str| format!("run --rm --runtime {runtime} {IMAGE} true");
+    let [ours, theirs] = in_turn(runs, |which| {
+        filled()?;
+        timed(docker, &line(if which == THEIRS { THEIRS } else { SPARES }))
+    })?;
+    report.compare("docker run --rm busybox true, from a spare", &ours, &theirs, Some(1.6));
+    let what = ("spare taken to agent ready", 15.0);
+    stages::measure(docker, &format!("--runtime {SPARES}"), what, runs, report, filled)?;
+    command::ok(Command::new(CTL).args(["factory", "destroy"])).map(drop)
 }

@@ -70,10 +70,11 @@ fn measure(arena: &Arena) -> Result<()> {
         let docker = Docker::start(arena, OURS, &probe)?;
         docker_run(&docker, runs, &mut report)?;
         let what = "VM exec to agent ready, cold";
-        stages::measure(&docker, "", what, 750.0, runs, &mut report)?;
+        stages::measure(&docker, "", (what, 750.0), runs, &mut report, || Ok(()))?;
         docker_exec(&docker, runs, &mut report)?;
         memory::measure(&docker, "", "container", &mut report)?;
         clones::measure(&docker, runs, &mut report)?;
+        clones::measure_spares(&docker, runs, &mut report)?;
         if !short {
             memory::by_number(&docker, "", "container", &[1, 5, 10, 20], &mut report)?;
             stdio::measure(&docker, &mut report)?;

@@ -20,30 +20,30 @@ struct Mark {
 const BEFORE_EXEC: &str = "share started";
 const READY: &str = "agent ready";
 
-/// Starts containers with these options one after the other and reads their stages. `bound`
-/// is in ms.
+/// Starts containers with these options one after the other, each after `before`, and reads
+/// their stages. `bound` is in ms.
 pub fn measure(
     docker: &Docker,
     options: &str,
-    what: &str,
-    bound: f64,
+    (what, bound): (&str, f64),
     runs: usize,
     report: &mut Report,
+    before: impl Fn() -> Result<()>,
 ) -> Result<()> {
     eprintln!("bench: stages of {runs} starts");
     let mut order = Vec::new();
     let mut steps: HashMap<String, Vec<f64>> = HashMap::new();
     let mut to_ready = Vec::new();
     for _ in 0..runs {
+        before()?;
         let container = docker.sleeper(options)?;
         let id = docker.ok(&format!("inspect --format '{{{{.Id}}}}' {}", container.name))?;
         let file = Path::new("/run/kata-containers").join(&id).join("stages.json");
         let text = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
         let marks: Vec<Mark> = serde_json::from_slice(&text)?;
         let at = |stage: &str| marks.iter().find(|mark| mark.stage == stage).map(|mark| mark.ms);
-        if let (Some(exec), Some(ready)) = (at(BEFORE_EXEC), at(READY)) {
-            to_ready.push(ready - exec);
-        }
+        // A spare is there from the beginning.
+        to_ready.extend(at(READY).map(|ready| ready - at(BEFORE_EXEC).unwrap_or(0.0)));
         let mut last = 0.0;
         for mark in &marks {
             if !order.contains(&mark.stage) {

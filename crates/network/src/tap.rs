@@ -2,9 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use kata_netlink::{Link, LinkKind, Socket};
+use kata_netlink::{Address, Link, LinkKind, Prefix, Route, Socket};
 use rustix::fs::{Mode, OFlags};
 
 use crate::{Netns, NetworkError};
@@ -66,6 +67,36 @@ impl Tap {
             let _ = crate::join::delete_by_name(netns, &mut socket, name);
         }
         opened
+    }
+
+    /// A tap that looks like an engine's interface: up, with this address, and the way to all
+    /// others through `gateway`. It is gone with its descriptor.
+    ///
+    /// # Errors
+    /// Those of [`Tap::create`], or the kernel refuses address or route.
+    pub fn as_interface(
+        netns: &Netns,
+        name: &str,
+        address: Prefix,
+        gateway: IpAddr,
+    ) -> Result<Self, NetworkError> {
+        let tap = Self::create(netns, name)?;
+        let all = Prefix { address: Ipv4Addr::UNSPECIFIED.into(), length: 0 };
+        let route = Route {
+            destination: all,
+            gateway: Some(gateway),
+            link: tap.index,
+            source: None,
+            scope: libc::RT_SCOPE_UNIVERSE,
+            metric: 0,
+            protocol: libc::RTPROT_STATIC,
+            onlink: true,
+            mtu: 0,
+            several: false,
+        };
+        let requests = vec![Link::up(tap.index), Address::add(tap.index, address), route.add()];
+        netns.socket()?.send(requests).map_err(|e| netns.netlink(e))?;
+        Ok(tap)
     }
 
     /// Takes it to another namespace, with the name it has. Whoever has its descriptor goes on

@@ -9,7 +9,7 @@ use crate::share::Share;
 use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
-use kata_cgroups::{Cgroup, Hierarchy};
+use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
 use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu, Start, VmConfig};
@@ -19,6 +19,7 @@ use kata_protocol::{Id, chain};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Mutex;
+use tokio::task::JoinHandle;
 
 /// What a machine is started for.
 pub(crate) struct Boot<'a> {
@@ -39,6 +40,9 @@ pub(crate) struct Started {
     pub config: SandboxConfig,
     pub sizing: Sizing,
     pub cgroup: Cgroup,
+    /// Those that are not in it yet are on the way. It takes a kernel with many hierarchies
+    /// some ten milliseconds, in which the guest can answer.
+    pub joining: Option<JoinHandle<Result<(), CgroupError>>>,
     pub network: Option<Network>,
     pub share: Share,
     pub hypervisor: Qemu,
@@ -91,7 +95,8 @@ pub(crate) async fn start(
         },
         None => power.on(&mut network, power.booting()?, None).await?,
     };
-    Ok(Started { config, sizing, cgroup, network, share, hypervisor, met: None, line: None })
+    let (joining, met, line) = (None, None, None);
+    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, line })
 }
 
 /// Makes a machine that stands still this sandbox's.
@@ -103,21 +108,23 @@ async fn adopt(
 ) -> Result<Started, SandboxError> {
     let Warm { config, sizing, mut network, share, mut hypervisor, channel, agent, line, .. } =
         warm;
-    let cgroup = join_cgroup(boot.spec, boot.container, state)?;
-    let failed = |source| SandboxError::Cgroup { path: cgroup.path(), source };
-    cgroup.add(hypervisor.pid()).map_err(failed)?;
-    if let Some(devices) = share.process() {
-        cgroup.add(devices.pid()).map_err(failed)?;
-    }
-    stages.mark("spare taken over");
+    hypervisor.resume().await?;
+    stages.mark("monitor goes on");
+    let cgroup = make_cgroup(boot.spec, boot.container, state)?;
+    let devices = share.process().map(kata_jail::Child::pid);
+    let pids = [Some(std::process::id().cast_signed()), Some(hypervisor.pid()), devices];
+    let joined = cgroup.clone();
+    let joining = tokio::task::spawn_blocking(move || {
+        pids.into_iter().flatten().try_for_each(|pid| joined.add(pid))
+    });
     if let Some(netns) = boot.netns.as_ref().filter(|_| !boot.monitor_shows_netns) {
         network.move_to(Netns::open(netns.path())?);
     }
     boot.netns = None;
-    hypervisor.resume().await?;
-    stages.mark("monitor goes on");
-    let (network, met, line) = (Some(network), Some((channel, agent)), Some(line));
-    Ok(Started { config, sizing, cgroup, network, share, hypervisor, met, line })
+    stages.mark("spare taken over");
+    let (network, joining) = (Some(network), Some(joining));
+    let (met, line) = (Some((channel, agent)), Some(line));
+    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, line })
 }
 
 /// What it takes to start a machine.
@@ -198,8 +205,20 @@ impl Power<'_> {
 }
 
 /// Makes the container's cgroup and moves this process into it, so that all it starts is
-/// counted there. Written down first.
+/// counted there.
 fn join_cgroup(
+    spec: &Spec,
+    container: &Id,
+    state: &Mutex<StateFile>,
+) -> Result<Cgroup, SandboxError> {
+    let cgroup = make_cgroup(spec, container, state)?;
+    let failed = |source| SandboxError::Cgroup { path: cgroup.path(), source };
+    cgroup.add(std::process::id().cast_signed()).map_err(failed)?;
+    Ok(cgroup)
+}
+
+/// Makes the container's cgroup. Written down first.
+fn make_cgroup(
     spec: &Spec,
     container: &Id,
     state: &Mutex<StateFile>,
@@ -210,7 +229,5 @@ fn join_cgroup(
         kata_cgroups::container_path(named.as_deref(), container.as_str()).map_err(failed)?;
     let hierarchy = Hierarchy::detect().map_err(failed)?;
     lock(state).record(Resource::Cgroup { path: path.clone() })?;
-    let cgroup = Cgroup::create(&hierarchy, &path).map_err(failed)?;
-    cgroup.add(std::process::id().cast_signed()).map_err(failed)?;
-    Ok(cgroup)
+    Cgroup::create(&hierarchy, &path).map_err(failed)
 }

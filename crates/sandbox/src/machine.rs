@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{OnceCell, watch};
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 /// How long a call that failed waits to learn which death was the cause.
 const CAUSE: Duration = Duration::from_millis(500);
@@ -74,6 +74,8 @@ pub(crate) struct Machine {
     stopping: AtomicBool,
     stopped: OnceCell<()>,
     stages: Stages,
+    /// Moves of its processes into the cgroup.
+    joining: tokio::sync::Mutex<Option<JoinHandle<Result<(), CgroupError>>>>,
     /// The factory makes no further spare while this is held.
     factory: Mutex<Option<Packets>>,
 }
@@ -86,13 +88,15 @@ impl Machine {
         warm: Option<Warm>,
     ) -> Result<Self, SandboxError> {
         let stages = Stages::start();
-        let Started { config, sizing, cgroup, network, share, mut hypervisor, met, line } =
-            boot::start(&mut boot, state, &stages, warm).await?;
+        let started = boot::start(&mut boot, state, &stages, warm).await?;
+        let Started { config, sizing, cgroup, joining, network, share, mut hypervisor, .. } =
+            started;
         let pid = hypervisor.pids().first().copied().unwrap_or_default();
         lock(state).record_process(pid, MACHINE_ROLE)?;
         stages.mark("virtual machine started");
 
-        let (channel, agent) = match met {
+        let met = started.met.is_some();
+        let (channel, agent) = match started.met {
             Some(met) => met,
             None => reach(&mut hypervisor).await?,
         };
@@ -120,10 +124,15 @@ impl Machine {
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
             stages,
-            factory: Mutex::new(line),
+            joining: tokio::sync::Mutex::new(joining),
+            factory: Mutex::new(started.line),
             hypervisor: tokio::sync::Mutex::new(hypervisor),
         };
         machine.watch_deaths().await;
+        if met {
+            // It has nothing to wait for.
+            machine.ready().await?;
+        }
         Ok(machine)
     }
 
@@ -287,6 +296,14 @@ impl Machine {
         self.guest.get_or_try_init(|| connect).await.map(|_| ())
     }
 
+    /// Waits until all its processes are in the sandbox's cgroup.
+    async fn joined(&self) -> Result<(), SandboxError> {
+        let Some(joining) = self.joining.lock().await.take() else { return Ok(()) };
+        let joined = joining.await.map_err(std::io::Error::from);
+        let joined = joined.map_err(SandboxError::io("move processes into the cgroup"))?;
+        joined.map_err(|source| self.cgroup_error(source))
+    }
+
     fn last_words(&self) -> String {
         match self.console.last_lines(20) {
             lines if lines.is_empty() => "its console is silent".to_owned(),
@@ -346,6 +363,7 @@ impl Machine {
         stdio: message::Stdio,
         network: Option<message::Network>,
     ) -> Result<(), SandboxError> {
+        self.joined().await?;
         let spec = &bundle.plan.spec;
         let spec = if self.without_seccomp { without_seccomp(spec)? } else { spec.clone() };
         let new = NewContainer { bundle, spec, stdio, network };
@@ -477,6 +495,8 @@ impl Machine {
     }
 
     async fn end(&self) {
+        // Nobody is to arrive in a cgroup that is about to be removed.
+        let _ = self.joined().await;
         if self.lost.borrow().is_none() && self.guest.initialized() {
             let synced = tokio::time::timeout(SYNC, self.call(self.agent.sync(SYNC))).await;
             if !matches!(synced, Ok(Ok(()))) {

@@ -13,11 +13,13 @@ use crate::sandbox::CreateRequest;
 use crate::share::Share;
 use kata_channel::HostChannel;
 use kata_hypervisor::Qemu;
+use kata_network::{Netns, Prefix, Tap};
 use kata_protocol::Id;
 use serde_json::{Value, json};
 use std::fs;
 use std::fs::File;
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::Mutex;
@@ -56,6 +58,7 @@ impl Rehearsal<'_> {
         for attachment in &bundle.plan.attachments {
             self.share.attach(self.hypervisor, attachment).await?;
         }
+        let link = interface(&self.network.netns())?;
         let network = self.network.sync(None)?;
         let (message, streams) =
             (request.stdio.message(), std::mem::take(&mut request.stdio.streams));
@@ -67,11 +70,23 @@ impl Rehearsal<'_> {
         self.agent.wait(&process).await?;
         self.agent.delete(&process).await?;
         relay.end_input();
+        drop(link);
+        if let Some(without) = self.network.sync(None)? {
+            self.agent.configure_network(&without).await?;
+        }
         for attachment in bundle.plan.attachments.iter().rev() {
             self.share.detach(&attachment.at)?;
         }
         fs::remove_dir_all(&path).map_err(SandboxError::io("remove the bundle of a rehearsal"))
     }
+}
+
+/// An interface such as engines make; the guest has it as long as this lives. Nobody else sees
+/// the addresses.
+fn interface(netns: &Netns) -> Result<Tap, SandboxError> {
+    let [address, gateway] = [Ipv4Addr::new(192, 0, 2, 2), Ipv4Addr::new(192, 0, 2, 1)];
+    let address = Prefix { address: address.into(), length: 24 };
+    Ok(Tap::as_interface(netns, "eth0", address, gateway.into())?)
 }
 
 fn write_bundle(path: &Path) -> io::Result<()> {
