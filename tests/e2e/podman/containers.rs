@@ -198,11 +198,26 @@ fn user_network_resolves_names(podman: &Podman) -> Result<()> {
             server.name
         );
         let seen = podman.sh(&options, &script)?;
-        ensure!(seen == "hello from the image", "{seen}");
+        ensure!(seen == "hello from the image", "{seen:?}; {}", name_server(podman, &network));
         Ok(())
     })();
     podman.ok(&format!("network rm -f {network}"))?;
     result
+}
+
+/// How Podman's name server is, for who was not answered.
+fn name_server(podman: &Podman, network: &str) -> String {
+    let dir = "/run/containers/networks/aardvark-dns";
+    let read = |path: String| fs::read_to_string(path).unwrap_or_else(|error| error.to_string());
+    let pid = read(format!("{dir}/aardvark.pid"));
+    let command = read(format!("/proc/{}/cmdline", pid.trim())).replace('\0', " ");
+    let state =
+        podman.sh(&format!("--network {network}"), "ip addr; ip route; cat /etc/resolv.conf");
+    format!(
+        "the name server is {pid} ({command}) and knows:\n{}\na further container has:\n{}",
+        read(format!("{dir}/{network}")),
+        state.unwrap_or_else(|error| error.to_string()),
+    )
 }
 
 fn copy_goes_both_ways(podman: &Podman) -> Result<()> {

@@ -13,7 +13,7 @@ use super::wire::{self, FromSpare, Take};
 use crate::packets::Packets;
 use crate::process::lock;
 use crate::{SandboxDir, cleanup};
-use kata_jail::{Launch, Role};
+use kata_jail::{Child, Launch, Role};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -27,6 +27,8 @@ use tokio::sync::oneshot;
 pub(super) const LINE_FD: RawFd = 3;
 /// How long a spare may take to take a sandbox over.
 const TAKE: Duration = Duration::from_secs(5);
+/// Configuration files that there are spares of.
+const MOST_KINDS: usize = 4;
 /// Spares that fail one after the other until no more are made of a kind.
 const MOST_FAILURES: u32 = 3;
 
@@ -68,7 +70,8 @@ impl Pool {
             let mut kinds = lock(&self.kinds);
             // Of the same file, but as it was before: they end when nobody holds their line.
             kinds.retain(|name, known| *name == kind || known.recipe != *recipe);
-            if wanted == 0 || !recipe.is_usual() {
+            let room = kinds.contains_key(&kind) || kinds.len() < MOST_KINDS;
+            if wanted == 0 || !recipe.is_usual() || !room {
                 return;
             }
             let known = kinds.entry(kind.clone()).or_insert_with(|| Kind {
@@ -142,14 +145,25 @@ impl Pool {
 
     /// The life of a spare, until the sandbox that took it has started.
     async fn live(self: &Arc<Self>, name: &str, recipe: &Recipe, busy: Busy) -> io::Result<()> {
-        let (pid, line) = launch(recipe)?;
-        let lived = self.spend(name, line, busy).await;
+        let (child, line) = launch(recipe)?;
+        let child = Arc::new(child);
+        let ends = Arc::clone(&child);
+        // It is a child of the factory's also as a sandbox's server.
+        tokio::spawn(async move { ends.wait().await });
+        let lived = self.spend(name, line, &child, busy).await;
         // One that was killed could not. There is nothing of one that took a sandbox over.
-        let undone = spare::name(pid.unsigned_abs()).and_then(|id| cleanup(&SandboxDir::of(&id)));
+        let id = spare::name(child.pid().unsigned_abs());
+        let undone = id.and_then(|id| cleanup(&SandboxDir::of(&id)));
         lived.and(undone.map_err(io::Error::other))
     }
 
-    async fn spend(self: &Arc<Self>, name: &str, line: Packets, busy: Busy) -> io::Result<()> {
+    async fn spend(
+        self: &Arc<Self>,
+        name: &str,
+        line: Packets,
+        child: &Child,
+        busy: Busy,
+    ) -> io::Result<()> {
         let ended = || io::Error::other("it ended; what it said is above");
         if !matches!(hear(&line).await?, Some(FromSpare::Ready)) {
             return Err(ended());
@@ -182,7 +196,15 @@ impl Pool {
             hear(&line).await
         };
         let taken = tokio::time::timeout(TAKE, taken).await;
-        let _ = done.send(matches!(taken, Ok(Ok(Some(FromSpare::Taken)))));
+        let taken = matches!(taken, Ok(Ok(Some(FromSpare::Taken))));
+        if !taken {
+            // It must not serve the sandbox beside the server that is started now.
+            let _ = child.kill(libc::SIGKILL);
+        }
+        let told = done.send(taken);
+        if !taken || told.is_err() {
+            return Err(ended());
+        }
         // It hangs up when its sandbox has started, or is no more.
         let _ = hear(&line).await;
         Ok(())
@@ -197,7 +219,7 @@ impl Pool {
     }
 
     /// Lets those who start sandboxes know whether it is worth asking.
-    fn show(&self) {
+    pub(super) fn show(&self) {
         let any = lock(&self.kinds).values().any(|kind| !kind.idle.is_empty());
         let path = wire::spares_path();
         let shown = match any {
@@ -236,7 +258,7 @@ impl Drop for Busy {
     }
 }
 
-fn launch(recipe: &Recipe) -> io::Result<(i32, Packets)> {
+fn launch(recipe: &Recipe) -> io::Result<(Child, Packets)> {
     let (flags, kind) = (SocketFlags::CLOEXEC, SocketType::SEQPACKET);
     let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
     let launch = Launch::role(Role::Spare, "kata-sandbox (spare)", recipe)
@@ -246,7 +268,7 @@ fn launch(recipe: &Recipe) -> io::Result<(i32, Packets)> {
         .directory(Path::new("/"))
         .new_session();
     let child = launch.spawn().map_err(io::Error::other)?;
-    Ok((child.pid(), Packets::new(ours)?))
+    Ok((child, Packets::new(ours)?))
 }
 
 /// What a spare says; none when it has hung up.

@@ -38,6 +38,8 @@ pub fn main(_args: &str) -> io::Result<()> {
 async fn serve(listener: OwnedFd) -> io::Result<()> {
     let listener = PacketListener::new(listener)?;
     let factory = Arc::new(Factory::default());
+    // One that was killed may have left word of its spares.
+    factory.pool.show();
     let build = wire::build()?;
     loop {
         let connection = tokio::select! {
