@@ -197,8 +197,10 @@ fn user_network_resolves_names(podman: &Podman) -> Result<()> {
             "for i in 1 2 3 4 5 6 7 8 9; do wget -qO- http://{}/ && break; sleep 1; done",
             server.name
         );
-        let seen = podman.sh(&options, &script)?;
-        ensure!(seen == "hello from the image", "{seen:?}; {}", name_server(podman, &network));
+        let line = format!("run --rm {} {options} {IMAGE}", podman.parent());
+        let output = podman.shell(&line, &script)?.expect_code(0)?;
+        let answered = output.out() == "hello from the image";
+        ensure!(answered, "{output}\n{}", name_server(podman, &network, &server.name));
         Ok(())
     })();
     podman.ok(&format!("network rm -f {network}"))?;
@@ -206,17 +208,23 @@ fn user_network_resolves_names(podman: &Podman) -> Result<()> {
 }
 
 /// How Podman's name server is, for who was not answered.
-fn name_server(podman: &Podman, network: &str) -> String {
+fn name_server(podman: &Podman, network: &str, server: &str) -> String {
     let dir = "/run/containers/networks/aardvark-dns";
     let read = |path: String| fs::read_to_string(path).unwrap_or_else(|error| error.to_string());
     let pid = read(format!("{dir}/aardvark.pid"));
     let command = read(format!("/proc/{}/cmdline", pid.trim())).replace('\0', " ");
-    let state =
-        podman.sh(&format!("--network {network}"), "ip addr; ip route; cat /etc/resolv.conf");
+    let said = |said: Result<String>| said.unwrap_or_else(|error| error.to_string());
+    let state = podman.ok(&format!("inspect --format {{{{.State.Status}}}},{{{{.State.ExitCode}}}},{{{{.State.Error}}}} {server}"));
+    let logs = podman.ok(&format!("logs {server}"));
+    let look = "ip addr; ip route; cat /etc/resolv.conf";
+    let other = podman.sh(&format!("--network {network}"), look);
     format!(
-        "the name server is {pid} ({command}) and knows:\n{}\na further container has:\n{}",
+        "the name server is {pid} ({command}) and knows:\n{}\nthe container is: {}\nit said: {}\n\
+         a further one has:\n{}",
         read(format!("{dir}/{network}")),
-        state.unwrap_or_else(|error| error.to_string()),
+        said(state),
+        said(logs),
+        said(other),
     )
 }
 
