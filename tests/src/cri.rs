@@ -191,8 +191,21 @@ impl<'a> Pod<'a> {
     fn verbose_status(&self) -> Result<(v1::PodSandboxStatus, serde_json::Value)> {
         let request =
             v1::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: true };
-        let answer =
-            self.cri.call("PodSandboxStatus", async |mut c| c.pod_sandbox_status(request).await)?;
+        let ask = || {
+            let request = request.clone();
+            self.cri.call("PodSandboxStatus", async |mut c| c.pod_sandbox_status(request).await)
+        };
+        // containerd 2 still asks a shim that was killed a moment ago.
+        let dead = |error: &anyhow::Error| error.to_string().contains("ttrpc: closed");
+        let mut answer = ask();
+        for _ in 0..50 {
+            if !answer.as_ref().is_err_and(dead) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            answer = ask();
+        }
+        let answer = answer?;
         let info = answer
             .info
             .get("info")

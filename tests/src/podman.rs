@@ -54,6 +54,8 @@ impl Podman {
         self.ok(&format!("import {changes} {} {image}", tar.display())).map(drop)
     }
 
+    /// Without a word about it Podman takes CNI for its networks, which gives no names here, as
+    /// soon as anybody has left a file in `/etc/cni/net.d`: the suites of containerd's CRI do.
     fn configure(&self) -> Result<()> {
         let (work, runtime) = (self.arena.work.display(), self.runtime);
         let path = if runtime == "runc" { "/usr/sbin/runc" } else { crate::assets::RUNTIME };
@@ -62,6 +64,7 @@ impl Podman {
                 "containers.conf",
                 format!(
                     "[containers]\nlog_driver = \"k8s-file\"\n\
+                     [network]\nnetwork_backend = \"netavark\"\n\
                      [engine]\nruntime = \"{runtime}\"\ncgroup_manager = \"cgroupfs\"\n\
                      events_logger = \"file\"\ninfra_image = \"localhost/{PAUSE}:latest\"\n\
                      [engine.runtimes]\n{runtime} = [\"{path}\"]\n"

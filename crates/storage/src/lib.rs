@@ -141,35 +141,12 @@ pub fn plan(
         if mount.destination == Path::new("/etc/resolv.conf") {
             resolv_conf = mount.source.clone();
         }
+        let at = share.join(format!("m{index}"));
         let entry = &mut guest["mounts"][index];
-        match Volume::of(mount, bundle)? {
-            Volume::InGuest if pod.is_some() && Pod::shares_memory(spec, mount) => {
-                let storage = pod::shared_memory(mount);
-                *entry = json!({
-                    "destination": mount.destination, "type": "bind",
-                    "source": storage.mount_point, "options": ["bind"],
-                });
-                shared_storages.push(storage);
-            }
-            Volume::InGuest => {}
-            Volume::Memory { size, .. } if pod.is_none() => {
-                *entry = json!({
-                    "destination": mount.destination, "type": "tmpfs", "source": "shm",
-                    "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={size}")],
-                });
-            }
-            Volume::Memory { source, size } => {
-                let storage = pod::memory(&source, size)?;
-                entry["source"] = json!(storage.mount_point);
-                entry["type"] = json!("bind");
-                shared_storages.push(storage);
-            }
-            Volume::Shared { source, readonly, recursive } => {
-                let at = share.join(format!("m{index}"));
-                entry["source"] = json!(Path::new(SHARE_MOUNT).join(&at));
-                let source = Source::Path(source);
-                attachments.push(Attachment { source, at, readonly, recursive });
-            }
+        match place(mount, Volume::of(mount, bundle)?, spec, pod, at, entry)? {
+            Needs::Nothing => {}
+            Needs::Storage(storage) => shared_storages.push(storage),
+            Needs::Attachment(attachment) => attachments.push(attachment),
         }
     }
     leave_out_what_is_the_hosts(container, &mut guest);
@@ -177,6 +154,53 @@ pub fn plan(
         pod.join(spec, &mut guest);
     }
     Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, disk, shared_storages, resolv_conf })
+}
+
+/// What a mount needs beside its entry in the guest's specification.
+enum Needs {
+    Nothing,
+    Storage(Storage),
+    Attachment(Attachment),
+}
+
+/// Rewrites the guest's `entry` of a mount; `at` is where it would be in the share.
+fn place(
+    mount: &Mount,
+    volume: Volume,
+    spec: &Spec,
+    pod: Option<&Pod>,
+    at: PathBuf,
+    entry: &mut Value,
+) -> Result<Needs, StorageError> {
+    Ok(match volume {
+        Volume::InGuest if pod.is_some() && Pod::shares_memory(spec, mount) => {
+            let storage = pod::shared_memory(mount);
+            *entry = json!({
+                "destination": mount.destination, "type": "bind",
+                "source": storage.mount_point, "options": ["bind"],
+            });
+            Needs::Storage(storage)
+        }
+        Volume::InGuest => Needs::Nothing,
+        Volume::Memory { size, .. } if pod.is_none() => {
+            *entry = json!({
+                "destination": mount.destination, "type": "tmpfs", "source": "shm",
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={size}")],
+            });
+            Needs::Nothing
+        }
+        Volume::Memory { source, size } => {
+            let storage = pod::memory(&source, size)?;
+            entry["source"] = json!(storage.mount_point);
+            entry["type"] = json!("bind");
+            Needs::Storage(storage)
+        }
+        Volume::Shared { source, readonly, recursive } => {
+            entry["source"] = json!(Path::new(SHARE_MOUNT).join(&at));
+            let source = Source::Path(source);
+            Needs::Attachment(Attachment { source, at, readonly, recursive })
+        }
+    })
 }
 
 /// The container's mounts: its own, and the files of its pod that it lacks, which the guest's
