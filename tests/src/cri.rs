@@ -295,8 +295,19 @@ impl<'a> Pod<'a> {
     /// containers, whose ids are `containers`.
     pub fn remove(&self, containers: &[&str]) -> Result<()> {
         let netns = self.netns()?;
-        self.stop()?;
-        self.remove_stopped()?;
+        let once = || self.stop().and_then(|()| self.remove_stopped());
+        let mut removed = once();
+        // As a kubelet does. containerd 2 takes a container whose shim was killed for running
+        // until it has tried a second time to delete its task.
+        for _ in 0..50 {
+            let running = |error: &anyhow::Error| error.to_string().contains("still running");
+            if !removed.as_ref().is_err_and(running) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            removed = once();
+        }
+        removed?;
         let mut ids = vec![self.id.as_str()];
         ids.extend(containers);
         ids.extend((!netns.is_empty()).then_some(netns.as_str()));
