@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kata_e2e::command::{self, PATIENCE};
+use kata_e2e::command::{self, PATIENCE, words};
 use kata_e2e::http;
 use kata_e2e::leaks;
 use kata_e2e::runner::Trial;
@@ -16,7 +16,9 @@ pub fn trials() -> Vec<Trial<Templates>> {
     trials!["spares":
         Kata: sandbox_takes_a_spare_and_another_is_made, sandboxes_from_spares_differ,
             spare_serves_network_volumes_and_terminals, sandbox_with_a_limit_takes_none,
-            killed_spare_is_made_anew, spares_end_with_the_factory;
+            killed_spare_is_made_anew, spares_end_with_the_factory,
+            what_all_killed_leave_is_undone_by_the_next,
+            sandbox_that_never_starts_keeps_no_other_from_a_spare;
     ]
 }
 
@@ -115,7 +117,55 @@ fn spares_end_with_the_factory(templates: &Templates) -> Result<()> {
         Ok(leaks::processes_named("kata-sandbox (spare)")?.is_empty())
     })?;
     ensure!(templates.docker.sh(TAKE, "echo started")? == "started");
-    let text = std::fs::read_to_string(config(templates, POOL))?;
-    ensure!(text.contains("vm_cache_number"), "{text}");
     Ok(())
+}
+
+/// Directories of spares.
+fn directories() -> Result<usize> {
+    let names = std::fs::read_dir("/run/kata-containers")?;
+    let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.filter(|name| name.starts_with("spare+")).count())
+}
+
+fn what_all_killed_leave_is_undone_by_the_next(templates: &Templates) -> Result<()> {
+    filled(templates)?;
+    let factory = leaks::processes_named("kata-factory")?;
+    // So that none can undo what another leaves.
+    for pid in &factory {
+        command::ok(std::process::Command::new("kill").args(["-STOP", &pid.to_string()]))?;
+    }
+    leaks::kill_and_wait(&leaks::processes_named("kata-sandbox (spare)")?).ok();
+    leaks::kill_and_wait(&factory)?;
+    ensure!(directories()? == WANTED, "{} directories are left", directories()?);
+    filled(templates)?;
+    ensure!(directories()? == WANTED, "{} directories there are now", directories()?);
+    command::ok(&mut ctl("factory destroy"))?;
+    command::eventually("nothing is left", Duration::from_secs(10), || Ok(directories()? == 0))
+}
+
+fn sandbox_that_never_starts_keeps_no_other_from_a_spare(templates: &Templates) -> Result<()> {
+    filled(templates)?;
+    let bundle = templates.docker.arena.dir("never-started")?;
+    kata_e2e::images::busybox_rootfs(
+        &bundle.join("rootfs"),
+        &kata_e2e::assets::beside("kata-e2e-probe")?,
+    )?;
+    let runtime = |line: &str| {
+        let mut command = std::process::Command::new(kata_e2e::assets::RUNTIME);
+        command.arg("--config").arg(config(templates, POOL)).args(words(line));
+        command.current_dir(&bundle).stdin(std::process::Stdio::null());
+        command
+    };
+    command::ok(&mut runtime("spec"))?;
+    let text = std::fs::read_to_string(bundle.join("config.json"))?;
+    std::fs::write(
+        bundle.join("config.json"),
+        text.replace("\"terminal\": true", "\"terminal\": false"),
+    )?;
+    let null = || std::process::Stdio::null();
+    let created = runtime("create never").stdout(null()).stderr(null()).status()?;
+    ensure!(created.success(), "{created}");
+    let again = filled(templates);
+    command::ok(&mut runtime("delete --force never"))?;
+    again
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
@@ -145,6 +145,19 @@ impl Cri {
     }
 }
 
+/// Asks as a kubelet does: for some seconds again while the answer is an error with these words.
+fn asked_again<T>(words: &str, ask: impl Fn() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        match ask() {
+            Err(error) if error.to_string().contains(words) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            answer => return answer,
+        }
+    }
+}
+
 /// What a kubelet made, it removes.
 fn remove_cgroup(config: &PodSandboxConfig) -> Result<()> {
     let parent = config.linux.as_ref().map(|l| l.cgroup_parent.clone()).unwrap_or_default();
@@ -196,16 +209,7 @@ impl<'a> Pod<'a> {
             self.cri.call("PodSandboxStatus", async |mut c| c.pod_sandbox_status(request).await)
         };
         // containerd 2 still asks a shim that was killed a moment ago.
-        let dead = |error: &anyhow::Error| error.to_string().contains("ttrpc: closed");
-        let mut answer = ask();
-        for _ in 0..50 {
-            if !answer.as_ref().is_err_and(dead) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-            answer = ask();
-        }
-        let answer = answer?;
+        let answer = asked_again("ttrpc: closed", ask)?;
         let info = answer
             .info
             .get("info")
@@ -295,19 +299,9 @@ impl<'a> Pod<'a> {
     /// containers, whose ids are `containers`.
     pub fn remove(&self, containers: &[&str]) -> Result<()> {
         let netns = self.netns()?;
-        let once = || self.stop().and_then(|()| self.remove_stopped());
-        let mut removed = once();
-        // As a kubelet does. containerd 2 takes a container whose shim was killed for running
-        // until it has tried a second time to delete its task.
-        for _ in 0..50 {
-            let running = |error: &anyhow::Error| error.to_string().contains("still running");
-            if !removed.as_ref().is_err_and(running) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-            removed = once();
-        }
-        removed?;
+        // containerd 2 takes a container whose shim was killed for running until it has tried a
+        // second time to delete its task.
+        asked_again("still running", || self.stop().and_then(|()| self.remove_stopped()))?;
         let mut ids = vec![self.id.as_str()];
         ids.extend(containers);
         ids.extend((!netns.is_empty()).then_some(netns.as_str()));

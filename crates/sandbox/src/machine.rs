@@ -129,9 +129,10 @@ impl Machine {
             hypervisor: tokio::sync::Mutex::new(hypervisor),
         };
         machine.watch_deaths().await;
-        if met {
-            // It has nothing to wait for.
-            machine.ready().await?;
+        // One that has been met has nothing to wait for.
+        if met && let Err(error) = machine.ready().await {
+            machine.stop().await;
+            return Err(error);
         }
         Ok(machine)
     }

@@ -12,7 +12,7 @@ use crate::io::Relay;
 use crate::life::status_word;
 use crate::machine::Machine;
 use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
-use crate::state::{StateFile, remove_cgroup};
+use crate::state::{SERVER_ROLE, StateFile, remove_cgroup};
 use crate::{PodRole, SandboxDir, SandboxError, forward, hooks};
 use kata_hypervisor::DeviceId;
 use kata_network::Netns;
@@ -160,7 +160,7 @@ impl Sandbox {
     pub fn new(id: Id, events: EventSink, taken: Option<Taken>) -> Result<Arc<Self>, SandboxError> {
         let dir = SandboxDir::of(&id);
         let mut state = StateFile::open(dir.clone());
-        state.record_process(std::process::id().cast_signed(), "sandbox server")?;
+        state.record_process(std::process::id().cast_signed(), SERVER_ROLE)?;
         Ok(Arc::new(Self {
             id,
             dir,

@@ -37,6 +37,8 @@ pub enum Resource {
 
 /// Role of the virtual machine's process in the state file.
 pub const MACHINE_ROLE: &str = "virtual machine";
+/// Role of the sandbox's server there.
+pub(crate) const SERVER_ROLE: &str = "sandbox server";
 
 impl Resource {
     /// A living process; none if it has ended.

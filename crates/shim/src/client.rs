@@ -44,6 +44,15 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// The factory ended while it handed the sandbox to a spare server.
+    #[error("sandbox {sandbox} was not handed to a waiting server: start it again")]
+    Spare {
+        /// Which sandbox.
+        sandbox: Id,
+        /// The cause.
+        #[source]
+        source: Box<kata_sandbox::SandboxError>,
+    },
     /// The server process could not be started.
     #[error("cannot start the server of sandbox {sandbox}")]
     Launch {
@@ -135,7 +144,7 @@ pub(crate) async fn launch(
     recipe: Option<&Recipe>,
 ) -> Result<(), ClientError> {
     if let Some(recipe) = recipe
-        && take_spare(sandbox, args, &listeners, recipe).await
+        && take_spare(dir, sandbox, args, &listeners, recipe).await?
     {
         return Ok(());
     }
@@ -160,21 +169,28 @@ pub(crate) async fn launch(
     launch.spawn().map(drop).map_err(failed)
 }
 
-/// Whether a spare server serves the sandbox from now on.
+/// Whether a spare server serves the sandbox from now on. When that cannot be known, whatever
+/// does is ended: no two servers may have one sandbox.
 async fn take_spare(
+    dir: &SandboxDir,
     sandbox: &Id,
     args: &ServerArgs,
     listeners: &Listeners,
     recipe: &Recipe,
-) -> bool {
+) -> Result<bool, ClientError> {
     let fds = std::iter::once(&listeners.task).chain(&listeners.attach);
     let fds: Vec<BorrowedFd<'_>> = fds.map(AsFd::as_fd).collect();
-    let Ok(args) = serde_json::to_string(args) else { return false };
-    factory::take(sandbox, recipe, args, &fds).await.unwrap_or_else(|error| {
-        let error = kata_protocol::chain(&error);
-        tracing::warn!(%sandbox, error, "no spare is to be had: a server is started");
-        false
-    })
+    let Ok(args) = serde_json::to_string(args) else { return Ok(false) };
+    match factory::take(sandbox, recipe, args, &fds).await {
+        Ok(taken) => Ok(taken),
+        Err(source) => {
+            if let Err(error) = kata_sandbox::cleanup(dir) {
+                let error = kata_protocol::chain(&error);
+                tracing::warn!(%sandbox, error, "cannot undo what a spare has of the sandbox");
+            }
+            Err(ClientError::Spare { sandbox: sandbox.clone(), source: Box::new(source) })
+        }
+    }
 }
 
 fn listen_stream(dir: &SandboxDir) -> io::Result<OwnedFd> {

@@ -44,7 +44,7 @@ pub(crate) async fn report_broken(key: &str) {
 /// arguments and descriptors. False when there is none; the sandbox gets a server of its own then.
 ///
 /// # Errors
-/// The factory does not answer.
+/// The factory did not answer: a spare may have the sandbox, or not.
 pub async fn take(
     sandbox: &Id,
     recipe: &Recipe,
@@ -54,9 +54,7 @@ pub async fn take(
     if !wire::spares_path().exists() {
         return Ok(false);
     }
-    let Some(connection) = wire::connect().map_err(failed("connect to the factory"))? else {
-        return Ok(false);
-    };
+    let Ok(Some(connection)) = wire::connect() else { return Ok(false) };
     let score = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
     let take = Take {
         sandbox: sandbox.to_string(),
@@ -69,8 +67,11 @@ pub async fn take(
     match answer {
         Answer::Taken => Ok(true),
         Answer::NotYet | Answer::OtherBuild => Ok(false),
-        Answer::Failed(why) => Err(SandboxError::Factory(why)),
-        other => Err(SandboxError::Factory(format!("it answered {other:?}"))),
+        // The sandbox's own server meets the same, and tells it whom it concerns.
+        other => {
+            tracing::debug!(%sandbox, ?other, "no spare is to be had");
+            Ok(false)
+        }
     }
 }
 

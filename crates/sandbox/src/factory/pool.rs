@@ -12,8 +12,9 @@ use super::spare;
 use super::wire::{self, FromSpare, Take};
 use crate::packets::Packets;
 use crate::process::lock;
-use crate::{SandboxDir, cleanup};
+use crate::{RUN_DIR, SandboxDir, SandboxError, cleanup};
 use kata_jail::{Child, Launch, Role};
+use kata_protocol::chain;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -27,6 +28,8 @@ use tokio::sync::oneshot;
 pub(super) const LINE_FD: RawFd = 3;
 /// How long a spare may take to take a sandbox over.
 const TAKE: Duration = Duration::from_secs(5);
+/// How long the next spare waits for a sandbox to start: it may have been created for later.
+const START: Duration = Duration::from_secs(10);
 /// Configuration files that there are spares of.
 const MOST_KINDS: usize = 4;
 /// Spares that fail one after the other until no more are made of a kind.
@@ -206,7 +209,7 @@ impl Pool {
             return Err(ended());
         }
         // It hangs up when its sandbox has started, or is no more.
-        let _ = hear(&line).await;
+        let _ = tokio::time::timeout(START, hear(&line)).await;
         Ok(())
     }
 
@@ -218,8 +221,25 @@ impl Pool {
         self.show();
     }
 
+    /// Undoes what another factory and its spares left, if all of them were killed. A spare that
+    /// took a sandbox over has nothing of its own any more.
+    pub(super) fn sweep(&self) {
+        self.show();
+        let found = std::fs::read_dir(RUN_DIR).into_iter().flatten().flatten();
+        for name in found.filter_map(|entry| entry.file_name().into_string().ok()) {
+            if !name.starts_with(spare::PREFIX) {
+                continue;
+            }
+            let undone = name.parse().map_err(SandboxError::from);
+            let undone = undone.and_then(|id| cleanup(&SandboxDir::of(&id)));
+            if let Err(error) = undone {
+                tracing::warn!(name, error = %chain(&error), "cannot undo what is left of a spare");
+            }
+        }
+    }
+
     /// Lets those who start sandboxes know whether it is worth asking.
-    pub(super) fn show(&self) {
+    fn show(&self) {
         let any = lock(&self.kinds).values().any(|kind| !kind.idle.is_empty());
         let path = wire::spares_path();
         let shown = match any {

@@ -41,6 +41,10 @@ pub(super) struct Rehearsal<'a> {
 impl Rehearsal<'_> {
     /// Runs the container; nothing of it is left. `dir` is the spare's.
     pub(super) async fn run(self, dir: &Path) -> Result<(), SandboxError> {
+        tokio::time::timeout(PATIENCE, self.perform(dir)).await.map_err(|_| SandboxError::Late)?
+    }
+
+    async fn perform(self, dir: &Path) -> Result<(), SandboxError> {
         let path = dir.join("rehearsal");
         write_bundle(&path).map_err(SandboxError::io("write the bundle of a rehearsal"))?;
         let id: Id = "rehearsal".parse()?;

@@ -38,8 +38,7 @@ pub fn main(_args: &str) -> io::Result<()> {
 async fn serve(listener: OwnedFd) -> io::Result<()> {
     let listener = PacketListener::new(listener)?;
     let factory = Arc::new(Factory::default());
-    // One that was killed may have left word of its spares.
-    factory.pool.show();
+    factory.pool.sweep();
     let build = wire::build()?;
     loop {
         let connection = tokio::select! {
@@ -109,11 +108,7 @@ impl Factory {
                 Ok(()) => Answer::Done,
                 Err(why) => Answer::Failed(why),
             },
-            Ask::Take(take) => match self.take(&take, fds).await {
-                Ok(true) => Answer::Taken,
-                Ok(false) => Answer::NotYet,
-                Err(why) => Answer::Failed(why),
-            },
+            Ask::Take(take) => return self.take(&connection, &take, fds).await,
             Ask::Broken { key } => {
                 self.settle(&key, State::Failed("a clone of it did not come up".to_owned()));
                 Answer::Done
@@ -159,12 +154,25 @@ impl Factory {
         Ok(None)
     }
 
-    /// Hands a sandbox over to a spare of its kind, and sees to it that there are such.
-    async fn take(self: &Arc<Self>, take: &Take, fds: Vec<OwnedFd>) -> Result<bool, String> {
-        let plan = Plan::of(&take.recipe).map_err(|error| chain(&error))?;
-        let kind = pool::kind_of(&plan).map_err(|error| error.to_string())?;
+    /// Hands a sandbox over to a spare of its kind, and sees to it that there are such: later,
+    /// for that takes a processor.
+    async fn take(
+        self: &Arc<Self>,
+        connection: &Packets,
+        take: &Take,
+        fds: Vec<OwnedFd>,
+    ) -> io::Result<()> {
+        let plan = match Plan::of(&take.recipe) {
+            Ok(plan) => plan,
+            Err(error) => return reply(connection, Answer::Failed(chain(&error))).await,
+        };
+        let answer = match self.pool.take(&pool::kind_of(&plan)?, take, fds).await? {
+            true => Answer::Taken,
+            false => Answer::NotYet,
+        };
+        reply(connection, answer).await?;
         self.keep_spares(&take.recipe, &plan);
-        self.pool.take(&kind, take, fds).await.map_err(|error| error.to_string())
+        Ok(())
     }
 
     /// Spares are clones of a template, which has to be there.

@@ -12,7 +12,7 @@ use crate::network::Network;
 use crate::packets::Packets;
 use crate::share::Share;
 use crate::stages::Stages;
-use crate::state::{MACHINE_ROLE, StateFile};
+use crate::state::{MACHINE_ROLE, SERVER_ROLE, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
 use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
@@ -51,9 +51,12 @@ pub struct Taken {
     pub fds: Vec<OwnedFd>,
 }
 
-/// What a spare is called, as long as it has no sandbox. No engine's sandbox has such a name.
+/// What names of spares begin with. No engine's sandbox has such a name.
+pub(super) const PREFIX: &str = "spare+";
+
+/// What a spare is called, as long as it has no sandbox.
 pub(super) fn name(pid: u32) -> Result<Id, SandboxError> {
-    Ok(format!("spare+{pid}").parse()?)
+    Ok(format!("{PREFIX}{pid}").parse()?)
 }
 
 /// The first part of the role `spare`: until a sandbox has come; none when the factory ends
@@ -117,12 +120,12 @@ impl Warm {
         let to = SandboxDir::of(&take.sandbox.parse()?);
         let mut state = StateFile::open(to.clone());
         let devices = self.share.process().map(|process| (process.pid(), "devices process"));
-        let all = [Some((self.hypervisor.pid(), MACHINE_ROLE)), devices];
+        let own = (std::process::id().cast_signed(), SERVER_ROLE);
+        let all = [Some(own), Some((self.hypervisor.pid(), MACHINE_ROLE)), devices];
         for (pid, role) in all.into_iter().flatten() {
             state.record_process(pid, role)?;
             set_oom_score(pid, take.oom_score_adj);
         }
-        set_oom_score(std::process::id().cast_signed(), take.oom_score_adj);
         // Who has it open goes on writing to it.
         let log = || -> io::Result<()> {
             std::fs::rename(from.log(), to.log())?;
