@@ -134,8 +134,11 @@ fn what_all_killed_leave_is_undone_by_the_next(templates: &Templates) -> Result<
     for pid in &factory {
         command::ok(std::process::Command::new("kill").args(["-STOP", &pid.to_string()]))?;
     }
-    leaks::kill_and_wait(&leaks::processes_named("kata-sandbox (spare)")?).ok();
+    leaks::kill_and_wait(&leaks::processes_named("kata-sandbox (spare)")?)?;
     leaks::kill_and_wait(&factory)?;
+    command::eventually("the factory is gone", Duration::from_secs(10), || {
+        Ok(command::run(&mut ctl("factory status"))?.out().starts_with("no templates"))
+    })?;
     ensure!(directories()? == WANTED, "{} directories are left", directories()?);
     filled(templates)?;
     ensure!(directories()? == WANTED, "{} directories there are now", directories()?);
