@@ -129,16 +129,27 @@ fn abandoned(parent: &Path) -> Vec<(Id, File)> {
     entries
         .filter_map(|entry| {
             let entry = entry.ok()?;
-            let lock = lock(&entry.path(), FlockOperation::NonBlockingLockExclusive).ok()?;
-            Some((entry.file_name().to_str()?.parse().ok()?, lock))
+            let held = take_over(&entry.path(), File::open(entry.path()).ok()?)?;
+            Some((entry.file_name().to_str()?.parse().ok()?, held))
         })
         .collect()
 }
 
+/// Takes the directory that was opened, if nobody holds it and it is still there: a run that
+/// ends by itself removes its own before it lets go of it. The caller keeps others from making
+/// one of the same name.
+fn take_over(path: &Path, opened: File) -> Option<File> {
+    let held = lock_opened(opened, FlockOperation::NonBlockingLockExclusive).ok()?;
+    path.exists().then_some(held)
+}
+
 fn lock(directory: &Path, how: FlockOperation) -> io::Result<File> {
-    let file = File::open(directory)?;
-    rustix::io::retry_on_intr(|| flock(&file, how))?;
-    Ok(file)
+    lock_opened(File::open(directory)?, how)
+}
+
+fn lock_opened(opened: File, how: FlockOperation) -> io::Result<File> {
+    rustix::io::retry_on_intr(|| flock(&opened, how))?;
+    Ok(opened)
 }
 
 #[cfg(test)]
@@ -158,6 +169,17 @@ mod tests {
         assert!(Workdir::create_in(dir.path(), &alive).is_err());
         drop(held);
         assert!(!dir.path().join("alive").exists());
+    }
+
+    #[test]
+    fn a_run_that_ended_while_it_was_looked_at_is_not_abandoned() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = Workdir::create_in(dir.path(), &"run".parse().unwrap()).unwrap();
+        let path = run.path().to_owned();
+        let (before, after) = (File::open(&path).unwrap(), File::open(&path).unwrap());
+        assert!(take_over(&path, before).is_none());
+        drop(run);
+        assert!(take_over(&path, after).is_none());
     }
 
     #[test]
