@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-use crate::container::{self, Created, NewContainer, Profile};
+use crate::container::{self, Builder, Created, NewContainer, Profile};
 use crate::error::AgentError;
 use crate::events;
 use crate::pod::{self, Pod};
@@ -36,6 +36,7 @@ pub struct Containers {
     streams: Arc<Streams>,
     ooms: mpsc::Sender<Id>,
     pod: Pod,
+    builder: Builder,
 }
 
 #[derive(Clone, Debug)]
@@ -166,10 +167,11 @@ impl Containers {
         streams: Arc<Streams>,
         ooms: mpsc::Sender<Id>,
         hierarchy: Option<Hierarchy>,
+        builder: Builder,
     ) -> Self {
         let hierarchy = hierarchy.map_or_else(OnceLock::new, |known| OnceLock::from(Some(known)));
         let pod = Pod::default();
-        Self { table: Mutex::default(), hierarchy, reaper, streams, ooms, pod }
+        Self { table: Mutex::default(), hierarchy, reaper, streams, ooms, pod, builder }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Id, Slot>> {
@@ -251,7 +253,7 @@ impl Containers {
         };
         let bundle = PathBuf::from(request.bundle);
         let container = NewContainer { id: id.clone(), bundle, spec, size: size(&wanted) };
-        let (built, created) = container::create(container, io, join).await?;
+        let (built, created) = self.builder.create(container, io, join).await?;
         tracing::debug!(container = %id, pid = built.pid, "container is built");
         let stdio = Stdio::start(&self.streams, id, None, ends, built.terminal_master)
             .map_err(|error| AgentError::System("watch the process's output", error))?;
@@ -351,15 +353,17 @@ impl Containers {
     ) -> Result<Arc<Process>, AgentError> {
         let wanted = request.stdio.unwrap_or_default();
         let (io, ends) = pipes(&wanted)?;
-        let built = container::exec(
-            container.init.pid,
-            &container.profile,
-            &request.process,
-            io,
-            |pid| container.join(pid),
-            size(&wanted),
-        )
-        .await?;
+        let built = self
+            .builder
+            .exec(
+                container.init.pid,
+                &container.profile,
+                &request.process,
+                io,
+                |pid| container.join(pid),
+                size(&wanted),
+            )
+            .await?;
         let streams = &self.streams;
         let stdio = Stdio::start(streams, &container.id, Some(exec), ends, built.terminal_master)
             .map_err(|error| AgentError::System("watch the process's output", error))?;

@@ -1,6 +1,6 @@
 //! `kata-agent`: `/init` of the guest.
 //!
-//! Started as `init` it builds one container (see `container`); as PID 1 it is the guest;
+//! Started as `zygote` it forks the inits of containers (see `container`); as PID 1 it is the guest;
 //! with `--serve-fd N` it serves on an inherited socket and leaves the machine alone,
 //! which is for tests.
 
@@ -8,17 +8,18 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
 use kata_agent::boot::{self, Settings};
+use kata_agent::container::{self, Builder, Zygote};
 use kata_agent::server::{Carrier, serve};
 use kata_agent::service::{Agent, Role};
-use kata_agent::{container, log, machine, pod};
+use kata_agent::{log, machine, pod};
 use kata_protocol::chain;
 
 fn main() -> ExitCode {
     let started = machine::boottime_ns();
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
-    if name == container::INIT {
-        container::init_main();
+    if name == container::ZYGOTE {
+        container::zygote_main();
     }
     if name == pod::PAUSE {
         pod::pause_main();
@@ -73,12 +74,16 @@ fn test_server(fd: RawFd, started: i64) -> ExitCode {
 }
 
 fn run(role: Role, carrier: Carrier, started: i64) -> Result<(), String> {
+    // SAFETY: there is one thread until the runtime below has more.
+    let zygote = unsafe { Zygote::fork() }.map_err(|error| format!("cannot fork: {error}"))?;
+    let builder = Builder::new(zygote);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start: {error}"))?;
     runtime.block_on(async {
-        let agent = Agent::new(role, started).map_err(|error| format!("cannot start: {error}"))?;
+        let agent =
+            Agent::new(role, started, builder).map_err(|error| format!("cannot start: {error}"))?;
         serve(agent, carrier).await.map_err(|error| chain(&error))
     })
 }

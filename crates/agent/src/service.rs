@@ -15,6 +15,7 @@ use kata_protocol::{Id, VERSION};
 use tokio::sync::mpsc;
 use ttrpc::r#async::TtrpcContext;
 
+use crate::container::Builder;
 use crate::containers::Containers;
 use crate::error::AgentError;
 use crate::networking::Networking;
@@ -55,7 +56,7 @@ impl Agent {
     ///
     /// # Errors
     /// When children cannot be watched.
-    pub fn new(role: Role, init_ns: i64) -> std::io::Result<Arc<Self>> {
+    pub fn new(role: Role, init_ns: i64, builder: Builder) -> std::io::Result<Arc<Self>> {
         let streams = Arc::new(Streams::default());
         let (sender, ooms) = mpsc::channel(EVENTS);
         let hierarchy = match role {
@@ -63,7 +64,13 @@ impl Agent {
             Role::Test => None,
         };
         Ok(Arc::new(Self {
-            containers: Containers::new(Reaper::start()?, Arc::clone(&streams), sender, hierarchy),
+            containers: Containers::new(
+                Reaper::start()?,
+                Arc::clone(&streams),
+                sender,
+                hierarchy,
+                builder,
+            ),
             streams,
             networking: Networking::default(),
             ooms: tokio::sync::Mutex::new(ooms),
@@ -85,6 +92,9 @@ impl Agent {
         }
         if self.role == Role::Guest {
             machine::adopt(&request)?;
+        }
+        if request.template {
+            self.networking.prepare().await?;
         }
         // After a reconnect they are there already.
         self.containers.pod().mount(&request.storages).await?;

@@ -64,6 +64,8 @@ pub(crate) struct Hello {
     pub hostname: String,
     pub storages: Vec<message::Storage>,
     pub online_cpus: u32,
+    /// The machine is no sandbox's, but is going to be cloned.
+    pub template: bool,
 }
 
 /// A container for the guest to build.
@@ -105,6 +107,7 @@ impl Agent {
             hostname: hello.hostname,
             storages: hello.storages,
             online_cpus: hello.online_cpus,
+            template: hello.template,
             ..Default::default()
         };
         let answer = self.client.connect(context_of(patience), &request).await.map_err(failed)?;

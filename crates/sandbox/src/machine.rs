@@ -281,6 +281,7 @@ impl Machine {
                 hostname: self.hostname.clone(),
                 storages: vec![self.share.storage()],
                 online_cpus: self.vcpus,
+                template: false,
             };
             let guest = self.call(self.agent.connect(hello, self.patience)).await;
             let guest = guest.map_err(|error| match error {

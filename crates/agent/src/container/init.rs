@@ -14,25 +14,12 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior, setsid, umask};
 use rustix::thread::{set_keep_capabilities, set_no_new_privs};
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-/// Runs an init: the configuration comes over the socket that is standard input.
-///
-/// To be called first thing in `main`, while the process has one thread.
-pub fn init_main() -> ! {
-    // Not a standard stream any more from here on, and closed by execve.
-    let channel = {
-        // SAFETY: descriptor 0 is the agent's socket and owned by nobody else.
-        let socket = unsafe { OwnedFd::from_raw_fd(0) };
-        let moved = rustix::io::fcntl_dupfd_cloexec(&socket, 3);
-        std::mem::forget(socket);
-        match moved {
-            Ok(socket) => Channel::new(socket),
-            // Nobody to tell.
-            Err(_) => std::process::exit(1),
-        }
-    };
+/// Runs an init, whose configuration comes over `socket`. The process has one thread.
+pub(super) fn init_main(socket: OwnedFd) -> ! {
+    let channel = Channel::new(socket);
     let Err(failure) = run(&channel);
     let _ = channel.send(&ToAgent::Failed(failure), &[]);
     // SAFETY: ends the process; there is nothing to destroy.

@@ -1,10 +1,10 @@
 //! Builds containers inside the guest.
 //!
-//! The agent never forks itself: it starts its own program again with `argv[0]` set to
-//! [`INIT`], single-threaded, which calls [`init_main`], takes a configuration from a
-//! socket, becomes the container step by step and finally executes the container's
-//! program. Start reading at [`create`] for the agent's side and at `init.rs` for the
-//! other; `wire.rs` shows the conversation.
+//! The agent has threads, so it never forks: a child of its beginnings, the [`Zygote`],
+//! forks single-threaded inits, each of which takes a configuration from a socket, becomes
+//! the container step by step and finally executes the container's program. Start reading
+//! at [`Builder::create`] for the agent's side and at `init.rs` for the other; `wire.rs`
+//! shows the conversation.
 //!
 //! Trusted: the specification's guest paths (the sandbox server wrote them). Not trusted:
 //! everything below the container's root; it is only reached by `openat2` with
@@ -27,8 +27,9 @@ mod seccomp;
 mod sysctl;
 mod terminal;
 mod wire;
+mod zygote;
 
-pub use init::init_main;
+pub use zygote::{ZYGOTE, Zygote, zygote_main};
 
 use failure::{Failure, FailureKind};
 use kata_oci::{NamespaceKind, Process, Spec, SpecError};
@@ -38,14 +39,9 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use seccomp::{Filter, SeccompError};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use wire::{AgentChannel, Config, FdRole, ToAgent, ToInit};
-
-/// `argv[0]` that makes the agent's program an init.
-pub const INIT: &str = "init";
 
 /// The child's ends of its streams; none means `/dev/null`. Not used with a terminal.
 #[derive(Debug, Default)]
@@ -112,7 +108,7 @@ pub enum ContainerError {
     #[error("{0}")]
     Unsupported(&'static str),
     /// Init did not come up.
-    #[error("start the container's init")]
+    #[error("fork the container's init")]
     Spawn(#[source] io::Error),
     /// It did not get into its cgroup.
     #[error("put the process into the container's cgroup")]
@@ -169,49 +165,16 @@ impl From<Failure> for ContainerError {
     }
 }
 
-/// Starts inits. The agent's own program, unless a test says otherwise.
-#[derive(Clone, Debug)]
+/// Builds containers and processes.
+#[derive(Debug)]
 pub struct Builder {
-    program: PathBuf,
-}
-
-impl Default for Builder {
-    fn default() -> Self {
-        Self { program: PathBuf::from("/proc/self/exe") }
-    }
-}
-
-/// [`Builder::create`] with the running program.
-///
-/// # Errors
-/// [`ContainerError`]; nothing is left behind then.
-pub async fn create(
-    container: NewContainer,
-    io: ProcessIo,
-    join_cgroup: impl FnOnce(i32) -> io::Result<()> + Send,
-) -> Result<(Built, Created), ContainerError> {
-    Builder::default().create(container, io, join_cgroup).await
-}
-
-/// [`Builder::exec`] with the running program.
-///
-/// # Errors
-/// [`ContainerError`]; nothing is left behind then.
-pub async fn exec(
-    target: i32,
-    profile: &Profile,
-    process_json: &[u8],
-    io: ProcessIo,
-    join_cgroup: impl FnOnce(i32) -> io::Result<()> + Send,
-    size: Option<(u16, u16)>,
-) -> Result<Built, ContainerError> {
-    Builder::default().exec(target, profile, process_json, io, join_cgroup, size).await
+    zygote: Zygote,
 }
 
 impl Builder {
-    /// Uses `program` as init; it must call [`init_main`] when `argv[0]` is [`INIT`].
-    pub fn with_program(program: impl Into<PathBuf>) -> Self {
-        Self { program: program.into() }
+    /// Has its inits from `zygote`.
+    pub fn new(zygote: Zygote) -> Self {
+        Self { zygote }
     }
 
     /// Builds a container up to the point where its program would run.
@@ -302,18 +265,9 @@ impl Builder {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                 .map_err(|error| ContainerError::Spawn(error.into()))?;
-        // Without a pre_exec step, so that the standard library may use posix_spawn. The
-        // child is not waited for here: the agent reaps whatever ends.
-        let first = Command::new(&self.program)
-            .arg0(INIT)
-            .env_clear()
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .map_err(ContainerError::Spawn)?
-            .id()
-            .cast_signed();
+        // The child is not waited for here: the agent reaps whatever ends.
+        let first = self.zygote.init(&theirs).map_err(ContainerError::Spawn)?;
+        drop(theirs);
         let channel = AgentChannel::new(ours).map_err(ContainerError::Channel)?;
         join_cgroup(first).map_err(ContainerError::Cgroup)?;
         config.fds = fds.roles;

@@ -18,7 +18,7 @@ use super::NetworkError;
 const NAME: &str = "nic%d";
 
 /// Where unused NICs are. The namespace is made when the first one is put into it, because
-/// most guests use all that they have.
+/// most guests use all that they have; in a template ahead ([`Parking::prepare`]).
 #[derive(Debug, Default)]
 pub struct Parking(Option<Place>);
 
@@ -39,12 +39,24 @@ impl Parking {
         if nics.is_empty() {
             return Ok(());
         }
-        let place = match &mut self.0 {
-            Some(place) => place,
-            none => none.insert(Place::make()?),
-        };
+        let place = self.place()?;
         let moves = nics.iter().map(|nic| Link::move_to(*nic, place.netns.as_fd(), NAME));
         Ok(home.send(moves.collect())?)
+    }
+
+    /// Makes the namespace now.
+    ///
+    /// # Errors
+    /// When there can be no other namespace.
+    pub(crate) fn prepare(&mut self) -> Result<(), NetworkError> {
+        self.place().map(drop)
+    }
+
+    fn place(&mut self) -> Result<&mut Place, NetworkError> {
+        match &mut self.0 {
+            Some(place) => Ok(place),
+            none => Ok(none.insert(Place::make()?)),
+        }
     }
 
     /// Brings those back that are wanted.

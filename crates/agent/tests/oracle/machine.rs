@@ -1,6 +1,6 @@
 //! Runs one `config.json` by our builder and by another runtime, and takes what it wrote.
 
-use kata_agent::container::{Builder, ContainerError, NewContainer, ProcessIo, Profile};
+use kata_agent::container::{Builder, ContainerError, NewContainer, ProcessIo, Profile, Zygote};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -173,7 +173,7 @@ pub struct Running {
 }
 
 pub fn builder() -> Builder {
-    Builder::with_program(env!("CARGO_BIN_EXE_kata-agent"))
+    Builder::new(Zygote::launch(env!("CARGO_BIN_EXE_kata-agent")).unwrap())
 }
 
 /// Waits for a child, as a shell tells it.

@@ -58,7 +58,7 @@ async fn meet(hypervisor: &mut Qemu, patience: Duration) -> Result<(), SandboxEr
     let channel = HostChannel::serial(socket);
     let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
     // Nothing of a sandbox: no name, no share. Clock and entropy come again with each clone.
-    let hello = Hello { sandbox: "template".to_owned(), ..Hello::default() };
+    let hello = Hello { sandbox: "template".to_owned(), template: true, ..Hello::default() };
     if let Err(error) = agent.connect(hello, patience).await {
         // The end of the machine is what is behind the end of the call.
         return match tokio::time::timeout(CAUSE, hypervisor.exited().wait()).await {

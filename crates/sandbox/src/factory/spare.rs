@@ -182,6 +182,7 @@ impl Warm {
             hostname: String::new(),
             storages: vec![share.storage()],
             online_cpus: sizing.vcpus,
+            template: false,
         };
         agent.connect(hello, Duration::from_secs(config.agent.dial_timeout.into())).await?;
         let hypervisor = tokio::sync::Mutex::new(hypervisor);

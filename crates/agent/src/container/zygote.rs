@@ -1,0 +1,190 @@
+//! The process from which inits are forked.
+//!
+//! The agent has threads and keeps what it knows of other containers in memory, so it does
+//! not fork. To execute its own program for each process costs, where the processor is
+//! emulated, a tenth of a container's start: the kernel's execve, the C library's and the
+//! standard library's beginnings. So a child is forked once, before the agent has threads or
+//! knows anything; it waits for a socket, forks an init that talks on it, and has nothing
+//! else to do. What it forks is the agent's child ([`libc::CLONE_PARENT`]).
+//!
+//! One exchange: a byte with the init's socket goes there, and the new pid, or an error
+//! number below zero, comes back.
+
+use super::init::init_main;
+use super::wire::{receive_some, send_some};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+/// `argv[0]` that makes the agent's program a zygote.
+pub const ZYGOTE: &str = "zygote";
+
+/// The agent's hold on its zygote, which ends with it.
+#[derive(Debug)]
+pub struct Zygote {
+    /// What is started where the zygote is gone.
+    program: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    socket: OwnedFd,
+    /// Where it was started and not forked.
+    child: Option<Child>,
+}
+
+impl Zygote {
+    /// Forks it off this process.
+    ///
+    /// # Safety
+    /// This process has one thread, so that the child may go on in it as after fork(2).
+    ///
+    /// # Errors
+    /// When there is no room for one more process.
+    pub unsafe fn fork() -> io::Result<Self> {
+        let (ours, theirs) = pair()?;
+        // SAFETY: the caller says that there is one thread.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+        match pid {
+            0 => {
+                drop(ours);
+                serve(&theirs)
+            }
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(Self::new("/proc/self/exe".into(), State { socket: ours, child: None })),
+        }
+    }
+
+    /// Starts `program`, which must call [`zygote_main`] when `argv[0]` is [`ZYGOTE`].
+    ///
+    /// # Errors
+    /// When it cannot be executed.
+    pub fn launch(program: impl Into<PathBuf>) -> io::Result<Self> {
+        let program = program.into();
+        let state = State::launch(&program)?;
+        Ok(Self::new(program, state))
+    }
+
+    fn new(program: PathBuf, state: State) -> Self {
+        Self { program, state: Mutex::new(state) }
+    }
+
+    /// Makes an init that talks on `socket`, and gives its pid.
+    pub(super) fn init(&self, socket: &OwnedFd) -> io::Result<i32> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match state.ask(socket) {
+            Err(error) if is_gone(&error) => {
+                tracing::warn!("the zygote is gone; starting another");
+                *state = State::launch(&self.program)?;
+                state.ask(socket)
+            }
+            answer => answer,
+        }
+    }
+}
+
+impl State {
+    fn launch(program: &std::path::Path) -> io::Result<Self> {
+        let (socket, theirs) = pair()?;
+        let child = Command::new(program)
+            .arg0(ZYGOTE)
+            .env_clear()
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit())
+            .spawn()?;
+        Ok(Self { socket, child: Some(child) })
+    }
+
+    /// Waits for the answer: the zygote does nothing that takes time.
+    fn ask(&self, init: &OwnedFd) -> io::Result<i32> {
+        send_some(self.socket.as_fd(), &[0], &[init.as_fd()])?;
+        let mut answer = [0; 4];
+        match rustix::io::retry_on_intr(|| rustix::io::read(&self.socket, &mut answer))? {
+            4 => match i32::from_ne_bytes(answer) {
+                pid if pid > 0 => Ok(pid),
+                error => Err(io::Error::from_raw_os_error(-error)),
+            },
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        // It may be about to end by itself, as its other end of the socket closes.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
+/// Messages with edges: one read is one message.
+fn pair() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+}
+
+/// Plays the zygote: its socket is standard input.
+///
+/// To be called first thing in `main`, while the process has one thread.
+pub fn zygote_main() -> ! {
+    // SAFETY: descriptor 0 is the agent's socket and owned by nobody else.
+    let input = unsafe { OwnedFd::from_raw_fd(0) };
+    // Not a standard stream any more from here on.
+    let moved = rustix::io::fcntl_dupfd_cloexec(&input, 3).and_then(|socket| {
+        let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDWR, 0.into())?;
+        rustix::stdio::dup2_stdin(&null)?;
+        Ok(socket)
+    });
+    // It is the null device now, or this process ends.
+    std::mem::forget(input);
+    match moved {
+        Ok(socket) => serve(&socket),
+        Err(_) => end(),
+    }
+}
+
+/// Forks inits until the agent is gone.
+fn serve(socket: &OwnedFd) -> ! {
+    loop {
+        let mut fds = Vec::new();
+        match receive_some(socket.as_fd(), &mut [0], &mut fds) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Ok(1) => {}
+            _ => end(),
+        }
+        let Some(init) = fds.pop() else { end() };
+        // SAFETY: this process has one thread, so the child may go on in it as after fork(2).
+        let pid = unsafe {
+            libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0)
+        };
+        let answer = match pid {
+            0 => {
+                // SAFETY: an init forks nothing that would use it, and does not come back here.
+                unsafe { libc::close(socket.as_raw_fd()) };
+                init_main(init)
+            }
+            -1 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
+            pid => i32::try_from(pid).unwrap_or(-libc::ERANGE),
+        };
+        drop(init);
+        if send_some(socket.as_fd(), &answer.to_ne_bytes(), &[]).is_err() {
+            end();
+        }
+    }
+}
+
+fn end() -> ! {
+    // SAFETY: ends the process; there is nothing to destroy.
+    unsafe { libc::_exit(0) }
+}
