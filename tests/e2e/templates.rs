@@ -36,7 +36,7 @@ pub fn trials() -> Vec<Trial<Templates>> {
     trials!["clones":
         Kata: factory_makes_shows_and_forgets, template_is_made_beside_the_first_sandbox,
             clones_differ_in_all_that_must_differ, nothing_of_one_clone_is_seen_in_another,
-            clone_serves_its_network, clone_takes_volumes_execs_and_terminals,
+            clone_serves_its_network, clone_announces_nothing, clone_takes_volumes_execs_and_terminals,
             clone_of_nine_p_shares_the_templates_pages, killed_factory_is_made_anew,
             unusable_template_is_one_warning_and_a_boot, trace_names_every_stage_of_a_start;
     ]
@@ -173,6 +173,24 @@ fn clone_serves_its_network(templates: &Templates) -> Result<()> {
     })?;
     docker.ok(&format!("network disconnect {net} {}", other.name))?;
     docker.ok(&format!("network rm {net}")).map(drop)
+}
+
+/// A restored machine tells the network where it is, and has the guest do so, unless told not
+/// to: with the address of its template, and with a guest that hangs when its NIC is closed
+/// meanwhile.
+fn clone_announces_nothing(templates: &Templates) -> Result<()> {
+    // The rounds last a second.
+    let script = "sleep 2; nic=$(basename $(readlink /sys/class/net/eth0/device)); \
+        grep $nic- /proc/interrupts";
+    for (runtime, name) in [(CLONE, "kata-template"), (CLONE_9P, "kata-template-9p")] {
+        ready(templates, name)?;
+        let before = clones()?;
+        let seen = templates.docker.sh(runtime, script)?;
+        ensure!(clones()? == before + 1, "{}", status()?);
+        let config = seen.lines().find(|line| line.contains("-config")).context(seen.clone())?;
+        ensure!(config.split_ascii_whitespace().nth(1) == Some("0"), "{seen}");
+    }
+    Ok(())
 }
 
 fn clone_takes_volumes_execs_and_terminals(templates: &Templates) -> Result<()> {

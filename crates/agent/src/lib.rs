@@ -2,8 +2,8 @@
 //!
 //! It brings the guest up (`boot.rs`), serves the host's calls (`service.rs`) and streams
 //! (`server.rs`, `stdio.rs`), and keeps containers and their processes (`containers.rs`,
-//! `process.rs`, `reaper.rs`). Containers are built by the same program started again,
-//! single-threaded ([`container`]).
+//! `process.rs`, `reaper.rs`). Containers are built by single-threaded children
+//! of its beginnings ([`container`]).
 //!
 //! The host is trusted; what runs in a container is not.
 

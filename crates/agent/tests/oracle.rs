@@ -314,6 +314,19 @@ async fn container_that_is_not_started_ends_with_its_builder() {
     panic!("init {} still waits", built.pid);
 }
 
+#[tokio::test]
+async fn killed_zygote_is_replaced() {
+    let bundle = Bundle::new();
+    let before = machine::children();
+    let builder = machine::builder();
+    let zygote = machine::children().into_iter().find(|pid| !before.contains(pid)).unwrap();
+    machine::end(zygote);
+    let container = machine::container(&bundle.config("exit 7")).unwrap();
+    let (built, created) = builder.create(container, Default::default(), |_| Ok(())).await.unwrap();
+    created.start().await.unwrap();
+    assert_eq!(machine::wait(built.pid), 7);
+}
+
 /// Which calls the probe makes, with arguments that do no harm.
 const PROBED: &str = "ORACLE_PROBE";
 

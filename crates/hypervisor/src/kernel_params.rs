@@ -19,7 +19,8 @@ const TCG_DEFENCES_OFF: &[&str] =
     &["mitigations=off", "init_on_alloc=0", "randomize_kstack_offset=off"];
 
 /// Of our boot-hints patch. Another kernel would hand them to init as unknown.
-const TCG_TUNED: &[&str] = &["lapic_khz=1000000", "keep_initmem", "quick_patching"];
+const TCG_TUNED: &[&str] =
+    &["lapic_khz=1000000", "keep_initmem", "quick_patching", "drop_boot_messages"];
 
 /// To move the kernel is the work of a bzImage's loader; ours has none, and does not move.
 const TCG_DISTRO: &[&str] = &["nokaslr"];

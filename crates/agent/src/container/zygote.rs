@@ -16,8 +16,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 /// `argv[0]` that makes the agent's program a zygote.
@@ -28,15 +28,11 @@ pub const ZYGOTE: &str = "zygote";
 pub struct Zygote {
     /// What is started where the zygote is gone.
     program: PathBuf,
-    state: Mutex<State>,
+    line: Mutex<Line>,
 }
 
 #[derive(Debug)]
-struct State {
-    socket: OwnedFd,
-    /// Where it was started and not forked.
-    child: Option<Child>,
-}
+struct Line(OwnedFd);
 
 impl Zygote {
     /// Forks it off this process.
@@ -56,77 +52,65 @@ impl Zygote {
                 serve(&theirs)
             }
             -1 => Err(io::Error::last_os_error()),
-            _ => Ok(Self::new("/proc/self/exe".into(), State { socket: ours, child: None })),
+            _ => Ok(Self { program: "/proc/self/exe".into(), line: Mutex::new(Line(ours)) }),
         }
     }
 
-    /// Starts `program`, which must call [`zygote_main`] when `argv[0]` is [`ZYGOTE`].
+    /// Starts `program`, which must call [`zygote_main`] when `argv[0]` is [`ZYGOTE`]. It is a
+    /// child that nobody waits for here: the agent reaps whatever ends.
     ///
     /// # Errors
     /// When it cannot be executed.
     pub fn launch(program: impl Into<PathBuf>) -> io::Result<Self> {
         let program = program.into();
-        let state = State::launch(&program)?;
-        Ok(Self::new(program, state))
-    }
-
-    fn new(program: PathBuf, state: State) -> Self {
-        Self { program, state: Mutex::new(state) }
+        let line = Mutex::new(Line::launch(&program)?);
+        Ok(Self { program, line })
     }
 
     /// Makes an init that talks on `socket`, and gives its pid.
     pub(super) fn init(&self, socket: &OwnedFd) -> io::Result<i32> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        match state.ask(socket) {
-            Err(error) if is_gone(&error) => {
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        // Only before it has the socket is another one asked: two inits must not share it.
+        match line.ask(socket) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 tracing::warn!("the zygote is gone; starting another");
-                *state = State::launch(&self.program)?;
-                state.ask(socket)
+                *line = Line::launch(&self.program)?;
+                line.ask(socket)?;
             }
-            answer => answer,
+            asked => asked?,
         }
+        line.answer()
     }
 }
 
-impl State {
-    fn launch(program: &std::path::Path) -> io::Result<Self> {
+impl Line {
+    fn launch(program: &Path) -> io::Result<Self> {
         let (socket, theirs) = pair()?;
-        let child = Command::new(program)
+        Command::new(program)
             .arg0(ZYGOTE)
             .env_clear()
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::inherit())
             .spawn()?;
-        Ok(Self { socket, child: Some(child) })
+        Ok(Self(socket))
+    }
+
+    fn ask(&self, init: &OwnedFd) -> io::Result<()> {
+        send_some(self.0.as_fd(), &[0], &[init.as_fd()]).map(drop)
     }
 
     /// Waits for the answer: the zygote does nothing that takes time.
-    fn ask(&self, init: &OwnedFd) -> io::Result<i32> {
-        send_some(self.socket.as_fd(), &[0], &[init.as_fd()])?;
+    fn answer(&self) -> io::Result<i32> {
         let mut answer = [0; 4];
-        match rustix::io::retry_on_intr(|| rustix::io::read(&self.socket, &mut answer))? {
+        match rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut answer))? {
             4 => match i32::from_ne_bytes(answer) {
                 pid if pid > 0 => Ok(pid),
                 error => Err(io::Error::from_raw_os_error(-error)),
             },
-            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Err(io::Error::other("the zygote was killed")),
         }
     }
-}
-
-impl Drop for State {
-    fn drop(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        // It may be about to end by itself, as its other end of the socket closes.
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-}
-
-fn is_gone(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 /// Messages with edges: one read is one message.

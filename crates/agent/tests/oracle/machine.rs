@@ -176,6 +176,18 @@ pub fn builder() -> Builder {
     Builder::new(Zygote::launch(env!("CARGO_BIN_EXE_kata-agent")).unwrap())
 }
 
+/// Children of this thread.
+pub fn children() -> Vec<i32> {
+    let list = fs::read_to_string("/proc/thread-self/children").unwrap();
+    list.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+/// Kills a child, and waits until it is gone.
+pub fn end(pid: i32) {
+    nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::SIGKILL).unwrap();
+    assert_eq!(wait(pid), 128 + libc::SIGKILL);
+}
+
 /// Waits for a child, as a shell tells it.
 pub fn wait(pid: i32) -> i32 {
     match waitpid(Pid::from_raw(pid), None).unwrap() {

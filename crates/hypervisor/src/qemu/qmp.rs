@@ -112,6 +112,8 @@ commands! {
     NetdevDel = "netdev_del" { id: String }
     /// Chooses how machines are saved and restored.
     MigrateSetCapabilities = "migrate-set-capabilities" { capabilities: Value }
+    /// Chooses what a restored machine does by itself.
+    MigrateSetParameters = "migrate-set-parameters" { announce_rounds: u32 }
     /// Saves the machine.
     Migrate = "migrate" { uri: String }
     /// Restores it.

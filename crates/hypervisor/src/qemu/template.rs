@@ -14,7 +14,7 @@ use tokio::sync::broadcast;
 use super::args::{AGENT_PORT, LateShare, MemoryMapping, Origin, SHARE_SOCKET, port_name};
 use super::qmp::{
     Command, DeviceAdd, Event, Getfd, Migrate, MigrateIncoming, MigrateSetCapabilities,
-    QueryStatus, Stop,
+    MigrateSetParameters, QueryStatus, Stop,
 };
 use super::{Backend, COMMAND, Plugged, Qemu};
 use crate::config::VmConfig;
@@ -139,6 +139,10 @@ impl Qemu {
 
     async fn restore(&mut self, state: Vec<u8>) -> Result<(), HypervisorError> {
         const STEP: &str = "restore the virtual machine";
+        // A clone has nobody to tell that its NIC moved: the address is its template's. The
+        // guest would be asked to as well, for a second, in which Linux 6.12 deadlocks when it
+        // closes the NIC (virtnet_close waits for work that waits for the same lock).
+        self.ask(STEP, &MigrateSetParameters { announce_rounds: 0 }).await?;
         let (reader, mut writer) = std::io::pipe().map_err(host("make a pipe"))?;
         let feed = tokio::task::spawn_blocking(move || writer.write_all(&state));
         self.migrate(STEP, reader.into(), &MigrateIncoming { uri: format!("fd:{PIPE}") }).await?;

@@ -16,6 +16,7 @@ use kata_hypervisor::Qemu;
 use kata_network::{Netns, Prefix, Tap};
 use kata_protocol::Id;
 use serde_json::{Value, json};
+use std::cell::Cell;
 use std::fs;
 use std::fs::File;
 use std::io;
@@ -41,10 +42,17 @@ pub(super) struct Rehearsal<'a> {
 impl Rehearsal<'_> {
     /// Runs the container; nothing of it is left. `dir` is the spare's.
     pub(super) async fn run(self, dir: &Path) -> Result<(), SandboxError> {
-        tokio::time::timeout(PATIENCE, self.perform(dir)).await.map_err(|_| SandboxError::Late)?
+        let step = Cell::new("begin");
+        match tokio::time::timeout(PATIENCE, self.perform(dir, &step)).await {
+            Ok(done) => done,
+            Err(_) => Err(SandboxError::Factory(format!(
+                "the rehearsal of a spare has not ended within {PATIENCE:?}; it was to {}",
+                step.get()
+            ))),
+        }
     }
 
-    async fn perform(self, dir: &Path) -> Result<(), SandboxError> {
+    async fn perform(self, dir: &Path, step: &Cell<&'static str>) -> Result<(), SandboxError> {
         let path = dir.join("rehearsal");
         write_bundle(&path).map_err(SandboxError::io("write the bundle of a rehearsal"))?;
         let id: Id = "rehearsal".parse()?;
@@ -59,6 +67,7 @@ impl Rehearsal<'_> {
             systemd_cgroup: false,
         };
         let bundle = Bundle::load(&request, None)?;
+        step.set("attach the root");
         for attachment in &bundle.plan.attachments {
             self.share.attach(self.hypervisor, attachment).await?;
         }
@@ -69,10 +78,15 @@ impl Rehearsal<'_> {
         let relay = Relay::start(self.channel, &id, None, streams).await?;
         let spec = bundle.plan.spec.clone();
         let new = NewContainer { bundle: &bundle, spec, stdio: message, network };
+        step.set("create the container");
         self.agent.create(new, PATIENCE).await?;
+        step.set("start it");
         self.agent.start(&id, None).await?;
+        step.set("hear of its end");
         self.agent.wait(&process).await?;
+        step.set("delete it");
         self.agent.delete(&process).await?;
+        step.set("take the network away");
         relay.end_input();
         drop(link);
         if let Some(without) = self.network.sync(None)? {
