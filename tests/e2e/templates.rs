@@ -36,9 +36,10 @@ pub fn trials() -> Vec<Trial<Templates>> {
     trials!["clones":
         Kata: factory_makes_shows_and_forgets, template_is_made_beside_the_first_sandbox,
             clones_differ_in_all_that_must_differ, nothing_of_one_clone_is_seen_in_another,
-            clone_serves_its_network, clone_announces_nothing, clone_takes_volumes_execs_and_terminals,
-            clone_of_nine_p_shares_the_templates_pages, killed_factory_is_made_anew,
-            unusable_template_is_one_warning_and_a_boot, trace_names_every_stage_of_a_start;
+            clone_serves_its_network, clone_announces_nothing,
+            clone_takes_volumes_execs_and_terminals, clone_of_nine_p_shares_the_templates_pages,
+            killed_factory_is_made_anew, unusable_template_is_one_warning_and_a_boot,
+            trace_names_every_stage_of_a_start;
     ]
 }
 

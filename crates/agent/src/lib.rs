@@ -13,6 +13,7 @@ pub mod containers;
 pub mod dns;
 pub mod error;
 pub mod events;
+pub mod fork;
 pub mod forward;
 pub mod log;
 pub mod machine;

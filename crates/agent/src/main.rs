@@ -1,7 +1,7 @@
 //! `kata-agent`: `/init` of the guest.
 //!
-//! Started as `zygote` it forks the inits of containers (see `container`); as PID 1 it is the guest;
-//! with `--serve-fd N` it serves on an inherited socket and leaves the machine alone,
+//! Started as `zygote` it forks the inits of containers (see `container`); as PID 1 it is the
+//! guest; with `--serve-fd N` it serves on an inherited socket and leaves the machine alone,
 //! which is for tests.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};

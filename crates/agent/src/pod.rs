@@ -16,6 +16,7 @@ use kata_protocol::agent::Storage;
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::AgentError;
+use crate::fork::{self, Parent};
 use crate::storage;
 
 /// `argv[0]` that makes the agent's program the first process of the shared namespace.
@@ -113,14 +114,11 @@ pub fn pause_main() -> ! {
 
 fn pause() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWPID)?;
-    // SAFETY: this process has one thread, so the child may go on in it as after fork(2). It
-    // becomes the agent's child, as nobody waits for it here.
-    let pid =
-        unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) };
-    match pid {
-        0 => sleep(),
-        -1 => Err(io::Error::last_os_error()),
-        pid => {
+    // SAFETY: this process has one thread. The child becomes the agent's, as nobody waits for it
+    // here.
+    match unsafe { fork::fork(Parent::Its) }? {
+        None => sleep(),
+        Some(pid) => {
             println!("{pid}");
             Ok(())
         }

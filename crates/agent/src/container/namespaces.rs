@@ -1,7 +1,8 @@
 //! Namespaces: joined, made, and the child that lives in them.
 
-use super::failure::{Context, Failure, Step};
+use super::failure::{Context, Step};
 use super::wire::{Channel, Config, ToAgent};
+use crate::fork::{self, Parent};
 use kata_oci::{IdMapping, Linux, NamespaceKind};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{Gid, Uid, setresgid, setresuid};
@@ -110,14 +111,11 @@ fn become_root() -> Step {
 /// A pid namespace begins with a child. It becomes the agent's, not ours, and goes on
 /// when the agent knows it; this process ends.
 fn fork(channel: &Channel) -> Step {
-    // SAFETY: this process has one thread, so the child may go on in it as after fork(2).
-    let pid =
-        unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) };
-    match pid {
-        0 => channel.wait_for_go().context(|| "wait for the agent"),
-        -1 => Err(io::Error::last_os_error()).context(|| "make the container's first process"),
-        pid => {
-            let pid = i32::try_from(pid).map_err(|_| Failure::setup("pid out of range"))?;
+    // SAFETY: an init has one thread.
+    let pid = unsafe { fork::fork(Parent::Its) };
+    match pid.context(|| "make the container's first process")? {
+        None => channel.wait_for_go().context(|| "wait for the agent"),
+        Some(pid) => {
             channel.send(&ToAgent::Forked(pid), &[]).context(|| "tell the agent of the child")?;
             // SAFETY: ends this process without running destructors that the child shares.
             unsafe { libc::_exit(0) }

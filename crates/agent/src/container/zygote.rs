@@ -5,13 +5,14 @@
 //! emulated, a tenth of a container's start: the kernel's execve, the C library's and the
 //! standard library's beginnings. So a child is forked once, before the agent has threads or
 //! knows anything; it waits for a socket, forks an init that talks on it, and has nothing
-//! else to do. What it forks is the agent's child ([`libc::CLONE_PARENT`]).
+//! else to do. What it forks is the agent's child.
 //!
 //! One exchange: a byte with the init's socket goes there, and the new pid, or an error
 //! number below zero, comes back.
 
 use super::init::init_main;
 use super::wire::{receive_some, send_some};
+use crate::fork::{self, Parent};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -45,14 +46,12 @@ impl Zygote {
     pub unsafe fn fork() -> io::Result<Self> {
         let (ours, theirs) = pair()?;
         // SAFETY: the caller says that there is one thread.
-        let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
-        match pid {
-            0 => {
+        match unsafe { fork::fork(Parent::This) }? {
+            None => {
                 drop(ours);
                 serve(&theirs)
             }
-            -1 => Err(io::Error::last_os_error()),
-            _ => Ok(Self { program: "/proc/self/exe".into(), line: Mutex::new(Line(ours)) }),
+            Some(_) => Ok(Self { program: "/proc/self/exe".into(), line: Mutex::new(Line(ours)) }),
         }
     }
 
@@ -148,18 +147,15 @@ fn serve(socket: &OwnedFd) -> ! {
             _ => end(),
         }
         let Some(init) = fds.pop() else { end() };
-        // SAFETY: this process has one thread, so the child may go on in it as after fork(2).
-        let pid = unsafe {
-            libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0)
-        };
-        let answer = match pid {
-            0 => {
-                // SAFETY: an init forks nothing that would use it, and does not come back here.
+        // SAFETY: this process has one thread.
+        let answer = match unsafe { fork::fork(Parent::Its) } {
+            Ok(None) => {
+                // SAFETY: an init does not come back here, where it is used.
                 unsafe { libc::close(socket.as_raw_fd()) };
                 init_main(init)
             }
-            -1 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
-            pid => i32::try_from(pid).unwrap_or(-libc::ERANGE),
+            Ok(Some(pid)) => pid,
+            Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
         };
         drop(init);
         if send_some(socket.as_fd(), &answer.to_ne_bytes(), &[]).is_err() {
