@@ -222,6 +222,16 @@ pub struct VmConfig {
     pub uid: u32,
 }
 
+impl VmConfig {
+    /// Whether the machine has no ACPI and the kernel is told of its devices by its command
+    /// line, which saves a sixth of an emulated boot. A distribution's kernel does not listen.
+    pub(crate) fn is_bare(&self) -> bool {
+        self.machine == Machine::Microvm
+            && self.accelerator == Accelerator::Tcg
+            && self.kernel_kind == KernelKind::Tuned
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

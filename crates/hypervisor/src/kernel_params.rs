@@ -29,6 +29,11 @@ const TCG_DISTRO: &[&str] = &["nokaslr"];
 /// bounce buffers for devices that could not reach it, of which there are none.
 const GROWS: &[&str] = &["memhp_default_state=online", "swiotlb=noforce"];
 
+/// For a machine without ACPI, to which QEMU adds where the devices are. To restart it, as a
+/// panic does, there is the processor's triple fault only: a kernel that tries the keyboard's
+/// controller first waits for it for seconds.
+const BARE: &[&str] = &["acpi=off", "reboot=t"];
+
 /// The whole command line.
 pub fn command_line(config: &VmConfig) -> String {
     let mut params: Vec<String> = ALWAYS.iter().map(ToString::to_string).collect();
@@ -45,6 +50,9 @@ pub fn command_line(config: &VmConfig) -> String {
             KernelKind::Tuned => TCG_TUNED.iter().map(ToString::to_string),
             KernelKind::Distro => TCG_DISTRO.iter().map(ToString::to_string),
         });
+    }
+    if config.is_bare() {
+        params.extend(BARE.iter().map(ToString::to_string));
     }
     if config.memory_slots > 0 && config.machine == Machine::Q35 {
         params.extend(GROWS.iter().map(ToString::to_string));

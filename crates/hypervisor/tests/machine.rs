@@ -327,6 +327,18 @@ async fn a_microvm_boots_but_takes_no_devices() {
 }
 
 #[tokio::test]
+async fn a_microvm_ends_with_its_guest() {
+    for (mode, panicked) in [("panic", true), ("restart", false)] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = config(&directory, mode);
+        config.machine = Machine::Microvm;
+        let vm = started(config).await;
+        let exit = tokio::time::timeout(BOOT, vm.exited().wait()).await.expect("it goes on");
+        assert_eq!(exit.panicked, panicked, "{exit:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_dropped_machine_leaves_no_process() {
     let directory = tempfile::tempdir().unwrap();
     let vm = started(config(&directory, "sleep")).await;

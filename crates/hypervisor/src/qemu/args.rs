@@ -120,6 +120,9 @@ impl CommandLine {
             Machine::Microvm => "microvm,pic=off,pit=off,rtc=on,isa-serial=off",
         }
         .to_owned();
+        if config.is_bare() {
+            machine.push_str(",acpi=off");
+        }
         let size = config.memory_mib;
         let mut file = |file, share| {
             let file = self.fd(file);
@@ -413,6 +416,20 @@ mod tests {
         config.nics = vec![Nic { tap: null(), mac: Mac([2; 6]) }];
         let (args, _) = line(config, 7);
         assert!(!args.iter().any(|arg| arg.contains("pci")), "{args:?}");
+    }
+
+    #[test]
+    fn a_microvm_has_acpi_where_the_kernel_needs_it() {
+        let has_none = |change: fn(&mut VmConfig)| {
+            let mut config = sample_config();
+            config.machine = Machine::Microvm;
+            change(&mut config);
+            value(&line(config, 7).0, "-machine").contains("acpi=off")
+        };
+        assert!(has_none(|_| {}));
+        assert!(!has_none(|config| config.kernel_kind = crate::KernelKind::Distro));
+        assert!(!has_none(|config| config.accelerator = Accelerator::Kvm));
+        assert!(!has_none(|config| config.machine = Machine::Q35));
     }
 
     #[test]
