@@ -29,9 +29,8 @@ const TCG_DISTRO: &[&str] = &["nokaslr"];
 /// bounce buffers for devices that could not reach it, of which there are none.
 const GROWS: &[&str] = &["memhp_default_state=online", "swiotlb=noforce"];
 
-/// For a machine without ACPI, to which QEMU adds where the devices are. To restart it, as a
-/// panic does, there is the processor's triple fault only: a kernel that tries the keyboard's
-/// controller first waits for it for seconds.
+/// For a machine without ACPI; QEMU adds where the devices are. It has no keyboard's controller
+/// either, which Linux would try next to restart, as after a panic: only a triple fault is left.
 const BARE: &[&str] = &["acpi=off", "reboot=t"];
 
 /// The whole command line.
@@ -97,6 +96,13 @@ mod tests {
     fn where_memory_may_come_the_kernel_takes_it() {
         assert!(has(&params(|_| {}), "memhp_default_state"));
         assert!(!has(&params(|config| config.machine = Machine::Microvm), "memhp_default_state"));
+    }
+
+    #[test]
+    fn a_kernel_looks_for_no_acpi_where_there_is_none() {
+        let microvm = params(|config| config.machine = Machine::Microvm);
+        assert!(microvm.contains(&"acpi=off".to_owned()));
+        assert!(!has(&params(|_| {}), "acpi"));
     }
 
     #[test]
