@@ -17,6 +17,7 @@ pub mod fork;
 pub mod forward;
 pub mod log;
 pub mod machine;
+pub mod memory;
 pub mod network;
 pub mod networking;
 pub mod pod;

@@ -20,10 +20,12 @@ use kata_protocol::{agent, limits};
 use tokio::time::timeout;
 
 mod parking;
+mod sleeping;
 #[cfg(test)]
 mod tests;
 
 pub use parking::Parking;
+pub use sleeping::Sleeping;
 
 /// How long a NIC that was plugged may take to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -52,6 +54,9 @@ pub enum NetworkError {
     /// No place for unused NICs.
     #[error("cannot make a network namespace for unused network devices")]
     Parking(#[source] std::io::Error),
+    /// A NIC does not start.
+    #[error("cannot take a network device into use")]
+    Wake(#[source] std::io::Error),
     /// The kernel's refusal.
     #[error("cannot configure the network")]
     Netlink(#[from] NetlinkError),
@@ -64,20 +69,32 @@ pub enum NetworkError {
 pub async fn configure(
     network: &agent::Network,
     parking: &mut Parking,
+    sleeping: &mut Sleeping,
 ) -> Result<(), NetworkError> {
     // Virtual interfaces have a kind, the VM's own NICs have none.
-    configure_nics(network, parking, |link| link.kind == LinkKind::Device).await
+    configure_nics(network, parking, sleeping, |link| link.kind == LinkKind::Device).await
+}
+
+/// Does ahead what a first network takes.
+///
+/// # Errors
+/// When a NIC cannot be woken, or there can be no place for unused ones.
+pub fn prepare(parking: &mut Parking, sleeping: &mut Sleeping) -> Result<(), NetworkError> {
+    sleeping.wake(1).map_err(NetworkError::Wake)?;
+    parking.prepare()
 }
 
 async fn configure_nics(
     network: &agent::Network,
     parking: &mut Parking,
+    sleeping: &mut Sleeping,
     is_nic: impl Fn(&Link) -> bool,
 ) -> Result<(), NetworkError> {
     let wanted = Wanted::parse(network)?;
     let mut socket = Socket::open()?;
     parking.fetch(|parked| wanted.interfaces.iter().any(|interface| interface.is(parked)))?;
-    let (links, indexes) = devices(&mut socket, &wanted).await?;
+    sleeping.wake(wanted.interfaces.len()).map_err(NetworkError::Wake)?;
+    let (links, indexes) = devices(&mut socket, sleeping, &wanted).await?;
     let is_unused =
         |link: &&Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
     let unused: Vec<u32> = links.iter().filter(is_unused).map(|link| link.index).collect();
@@ -250,12 +267,16 @@ fn neighbour(message: &agent::Neighbour, interface: u32) -> Result<Neighbour, Ne
 /// All interfaces there are, and the numbers of the wanted ones, once all are there.
 async fn devices(
     socket: &mut Socket,
+    sleeping: &mut Sleeping,
     wanted: &Wanted,
 ) -> Result<(Vec<Link>, Vec<u32>), NetworkError> {
-    let links = Link::all(socket)?;
-    let missing = match find(&links, wanted) {
-        Ok(indexes) => return Ok((links, indexes)),
-        Err(missing) => missing,
+    let missing = loop {
+        let links = Link::all(socket)?;
+        match find(&links, wanted) {
+            Ok(indexes) => return Ok((links, indexes)),
+            Err(missing) if !sleeping.wake_next().map_err(NetworkError::Wake)? => break missing,
+            Err(_) => {}
+        }
     };
     // Watched first and looked again after: nothing that appears between is missed.
     let mut watch = Watch::new(Watch::subscribe(Groups::Links)?)?;

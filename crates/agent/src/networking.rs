@@ -10,14 +10,21 @@ use tokio::task::JoinHandle;
 
 use crate::dns;
 use crate::error::AgentError;
-use crate::network::{self, Parking};
+use crate::network::{self, Parking, Sleeping};
 
 /// Interfaces, and the DNS relay once its address and its stream are both known.
 #[derive(Debug, Default)]
 pub struct Networking {
     /// One change of the interfaces at a time.
-    parking: tokio::sync::Mutex<Parking>,
+    nics: tokio::sync::Mutex<Nics>,
     relay: Mutex<Relay>,
+}
+
+/// The NICs that no interface uses.
+#[derive(Debug, Default)]
+struct Nics {
+    parking: Parking,
+    sleeping: Sleeping,
 }
 
 #[derive(Debug, Default)]
@@ -29,6 +36,12 @@ struct Relay {
 }
 
 impl Networking {
+    /// Of the machine that is all ours.
+    pub fn of_guest() -> Self {
+        let nics = Nics { sleeping: Sleeping::of_guest(), ..Nics::default() };
+        Self { nics: tokio::sync::Mutex::new(nics), ..Self::default() }
+    }
+
     /// Makes the network what the message says.
     ///
     /// # Errors
@@ -40,21 +53,25 @@ impl Networking {
                 AgentError::Invalid(format!("DNS relay address {text:?} is no IP address"))
             })?),
         };
-        let mut parking = self.parking.lock().await;
-        network::configure(wanted, &mut parking)
+        let mut nics = self.nics.lock().await;
+        let Nics { parking, sleeping } = &mut *nics;
+        network::configure(wanted, parking, sleeping)
             .await
             .map_err(|error| AgentError::Network(chain(&error)))?;
         self.change(|relay| relay.address = address);
         Ok(())
     }
 
-    /// Makes the place for unused NICs ahead. A network namespace is a tenth of all code that
-    /// a clone without a network would run, and need not be made in each.
+    /// Wakes the NIC that each clone needs, and makes the place for unused ones, ahead. A network
+    /// namespace is a tenth of all code that a clone without a network would run, and need not
+    /// be made in each.
     ///
     /// # Errors
-    /// When there can be none.
+    /// When the NIC cannot be woken, or there can be no such place.
     pub async fn prepare(&self) -> Result<(), AgentError> {
-        let prepared = self.parking.lock().await.prepare();
+        let mut nics = self.nics.lock().await;
+        let Nics { parking, sleeping } = &mut *nics;
+        let prepared = network::prepare(parking, sleeping);
         prepared.map_err(|error| AgentError::Network(chain(&error)))
     }
 

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kata_protocol::agent::{
     self, ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, Empty, Event,
-    ExecRequest, ListProcessesResponse, Network, OnlineCpusRequest, OomEvent, ProcessId,
-    ProcessInfo, ProcessStarted, ResizeTerminalRequest, SignalRequest, StartContainerRequest,
-    StatsResponse, UpdateRequest, WaitResponse,
+    ExecRequest, GrowRequest, ListProcessesResponse, Network, OomEvent, ProcessId, ProcessInfo,
+    ProcessStarted, ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse,
+    UpdateRequest, WaitResponse,
 };
 use kata_protocol::{Id, VERSION};
 use tokio::sync::mpsc;
@@ -22,7 +22,7 @@ use crate::networking::Networking;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::streams::Streams;
-use crate::{boot, machine, stats};
+use crate::{boot, machine, memory, stats};
 
 /// What this agent can do beyond the first version of the protocol.
 const FEATURES: [&str; 3] = ["dns-relay", "oom-events", "reconnect"];
@@ -72,7 +72,10 @@ impl Agent {
                 builder,
             ),
             streams,
-            networking: Networking::default(),
+            networking: match role {
+                Role::Guest => Networking::of_guest(),
+                Role::Test => Networking::default(),
+            },
             ooms: tokio::sync::Mutex::new(ooms),
             role,
             init_ns,
@@ -334,10 +337,18 @@ impl kata_protocol::agent_ttrpc::Agent for Service {
         Ok(self.0.next_event().await?)
     }
 
-    async fn online_cpus(&self, _: Context<'_>, r: OnlineCpusRequest) -> ttrpc::Result<Empty> {
+    async fn grow(&self, _: Context<'_>, r: GrowRequest) -> ttrpc::Result<Empty> {
+        let grow = move || {
+            machine::online_cpus(r.online_cpus);
+            match r.kept_back_mib {
+                0 => Ok(()),
+                mib => memory::use_kept_back(mib),
+            }
+        };
         if self.0.role == Role::Guest {
-            let online = tokio::task::spawn_blocking(move || machine::online_cpus(r.count));
-            online.await.map_err(|_| AgentError::GivenUp)?;
+            let grown = tokio::task::spawn_blocking(grow).await;
+            let grown = grown.map_err(|_| AgentError::GivenUp)?;
+            grown.map_err(|error| AgentError::System("use more of the memory", error))?;
         }
         Ok(Empty::default())
     }

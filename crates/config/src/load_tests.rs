@@ -147,7 +147,7 @@ fn values_out_of_bounds_say_what_would_be_right() {
     for (line, expects) in [
         ("default_maxvcpus = -2", "a whole number from 0 to 1024"),
         ("default_memory = 64", "from 128"),
-        ("machine_type = \"pc\"", "one of q35, microvm"),
+        ("machine_type = \"pc\"", "one of auto, q35, microvm"),
         ("kernel = \"vmlinux\"", "an absolute path"),
         ("firmware = \"x\"", "an absolute path"),
         ("virtio_fs_queue_size = 100", "a power of two"),

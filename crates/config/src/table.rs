@@ -81,8 +81,9 @@ pub(crate) static KEYS: &[Key] = &[
             }
             _ => false,
         }), "Firmware. By default the one that suits the machine (qboot where it is installed)."),
-    hypervisor("machine_type", "\"q35\"", choice!(Machine, hypervisor.machine),
-        "What the VM is. `microvm` boots a little faster, but nothing can be plugged into it."),
+    hypervisor("machine_type", "\"auto\"", choice!(Machine, hypervisor.machine),
+        "What the VM is. `microvm` boots sooner, but no disk can be plugged into it. `auto` is \
+         `microvm` where TCG runs the tuned kernel for a single container, else `q35`."),
     hypervisor("machine_accelerators", "\"\"", Kind::Text(|c| &mut c.hypervisor.machine_accelerators),
         "Additional options of the machine, separated by commas."),
     hypervisor("accelerator", "\"auto\"", choice!(Accelerator, hypervisor.accelerator),

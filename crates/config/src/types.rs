@@ -38,6 +38,8 @@ macro_rules! text_enum {
 text_enum! {
     /// What the VM is.
     Machine {
+        /// The one that suits what runs in it, and on.
+        Auto = "auto",
         /// A PC with PCI Express: devices can be plugged.
         Q35 = "q35",
         /// Few devices, none can be plugged; boots faster.
@@ -233,7 +235,7 @@ impl SandboxConfig {
                 kernel,
                 initrd,
                 firmware: None,
-                machine: Machine::Q35,
+                machine: Machine::Auto,
                 machine_accelerators: String::new(),
                 accelerator: Accelerator::Auto,
                 cpu_features: String::new(),

@@ -192,9 +192,9 @@ pub struct VmConfig {
     pub tsc_khz: u64,
     /// Memory in MiB; taken from the host as the guest touches it.
     pub memory_mib: u32,
-    /// Memory in MiB that may be reached by adding some while the machine runs (q35).
+    /// Memory in MiB that may be reached by adding some while the machine runs.
     pub max_memory_mib: u32,
-    /// How many times memory can be added; 0: never.
+    /// How many times memory can be added (a machine without ACPI: any number of times); 0: never.
     pub memory_slots: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
@@ -229,6 +229,11 @@ impl VmConfig {
         self.machine == Machine::Microvm
             && self.accelerator == Accelerator::Tcg
             && self.kernel_kind == KernelKind::Tuned
+    }
+
+    /// Whether memory may be added while it runs. A microvm with ACPI has no slots for it.
+    pub(crate) fn grows(&self) -> bool {
+        self.memory_slots > 0 && (self.machine == Machine::Q35 || self.is_bare())
     }
 }
 

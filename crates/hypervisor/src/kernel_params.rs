@@ -4,7 +4,8 @@
 //! defend against processors that are not there; the parameters here save most of that.
 //! Under KVM the guest finds its clock by itself and keeps all its defences.
 
-use crate::config::{Accelerator, KernelKind, Machine, VmConfig};
+use crate::config::{Accelerator, KernelKind, VmConfig};
+use crate::qemu::first_memory;
 
 /// For every machine. `panic=-1`: a panic restarts at once, which ends the monitor, so
 /// that a dead guest is an event and no silence.
@@ -19,8 +20,14 @@ const TCG_DEFENCES_OFF: &[&str] =
     &["mitigations=off", "init_on_alloc=0", "randomize_kstack_offset=off"];
 
 /// Of our boot-hints patch. Another kernel would hand them to init as unknown.
-const TCG_TUNED: &[&str] =
-    &["lapic_khz=1000000", "keep_initmem", "quick_patching", "drop_boot_messages"];
+const TCG_TUNED: &[&str] = &[
+    "lapic_khz=1000000",
+    "keep_initmem",
+    "quick_patching",
+    "quick_memmap",
+    "drop_boot_messages",
+    "no_slab_sysfs",
+];
 
 /// To move the kernel is the work of a bzImage's loader; ours has none, and does not move.
 const TCG_DISTRO: &[&str] = &["nokaslr"];
@@ -31,7 +38,9 @@ const GROWS: &[&str] = &["memhp_default_state=online", "swiotlb=noforce"];
 
 /// For a machine without ACPI; QEMU adds where the devices are. It has no keyboard's controller
 /// either, which Linux would try next to restart, as after a panic: only a triple fault is left.
-const BARE: &[&str] = &["acpi=off", "reboot=t"];
+/// The rest is of our boot-hints patch: it has NICs that nobody may ever need, and queues of a
+/// length that nobody asked for.
+const BARE: &[&str] = &["acpi=off", "reboot=t", "sleeping_nics", "pci_sized_queues"];
 
 /// The whole command line.
 pub fn command_line(config: &VmConfig) -> String {
@@ -53,7 +62,10 @@ pub fn command_line(config: &VmConfig) -> String {
     if config.is_bare() {
         params.extend(BARE.iter().map(ToString::to_string));
     }
-    if config.memory_slots > 0 && config.machine == Machine::Q35 {
+    if let Some(end) = first_memory(config) {
+        params.push(format!("mem={end}M"));
+    }
+    if config.grows() {
         params.extend(GROWS.iter().map(ToString::to_string));
     }
     params.extend(config.kernel_params.iter().cloned());
@@ -72,6 +84,7 @@ fn loops_per_jiffy(tsc_khz: u64, kernel: KernelKind) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Machine;
     use crate::qemu::sample_config;
 
     fn params(change: impl FnOnce(&mut VmConfig)) -> Vec<String> {
@@ -95,7 +108,14 @@ mod tests {
     #[test]
     fn where_memory_may_come_the_kernel_takes_it() {
         assert!(has(&params(|_| {}), "memhp_default_state"));
-        assert!(!has(&params(|config| config.machine = Machine::Microvm), "memhp_default_state"));
+        let microvm = |accelerator| {
+            params(|config| {
+                (config.machine, config.accelerator) = (Machine::Microvm, accelerator);
+            })
+        };
+        let bare = microvm(Accelerator::Tcg);
+        assert!(has(&bare, "memhp_default_state") && bare.contains(&"mem=2048M".to_owned()));
+        assert!(!has(&microvm(Accelerator::Kvm), "memhp_default_state"));
     }
 
     #[test]

@@ -72,6 +72,8 @@ pub struct Capabilities {
     pub plug_vcpus: bool,
     /// The machine's memory is shared with vhost-user processes.
     pub shared_memory: bool,
+    /// Memory that is added was there from the start: the guest is to be told to use it.
+    pub keeps_memory_back: bool,
 }
 
 /// One virtual machine.
@@ -107,8 +109,9 @@ pub trait Hypervisor: Send {
     fn size(&self) -> Size;
 
     /// Makes the machine at least so large, or as large as it can become. Returns when the
-    /// guest's kernel has taken what was added; virtual CPUs are not online yet. It never
-    /// shrinks, also when not all that was to be added could be.
+    /// guest's kernel has taken what was added; virtual CPUs are not online yet, and memory that
+    /// was kept back is not used ([`Capabilities::keeps_memory_back`]). It never shrinks, also
+    /// when not all that was to be added could be.
     async fn resize(&mut self, wanted: Size) -> Result<(), HypervisorError>;
 
     /// What this monitor can do with this machine.

@@ -317,12 +317,16 @@ async fn a_directory_is_shared_by_9p() {
 
 #[tokio::test]
 async fn a_microvm_boots_but_takes_no_devices() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let mut config = config(&directory, "sleep");
     config.machine = Machine::Microvm;
     let mut vm = started(config).await;
     says(&vm, "init is up").await;
     assert!(!vm.capabilities().plug);
+    let nic = Nic { tap: tap("tap0"), mac: Mac([2; 6]) };
+    let refused = vm.plug(Device::Nic(nic)).await;
+    assert!(matches!(refused, Err(HypervisorError::NoPort)), "{refused:?}");
     vm.stop().await.unwrap();
 }
 

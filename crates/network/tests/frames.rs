@@ -145,6 +145,25 @@ fn a_tap_is_gone_with_its_descriptor_and_undone_by_name() {
 }
 
 #[test]
+fn an_idle_tap_stays_until_it_is_used_and_then_goes_with_its_descriptor() {
+    let (container, _outside, link) = network();
+    let idle = netns();
+    let has_tap = |netns: &Netns, name: &str| {
+        let devices = netns.run(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap();
+        devices.unwrap().contains(name)
+    };
+    drop(Tap::create_idle(&idle, "katatap1").unwrap());
+    assert!(has_tap(&idle, "katatap1"));
+
+    let mut tap = Tap::create_idle(&idle, "katatap2").unwrap();
+    tap.move_to(&idle, &container).unwrap();
+    join(&container, &link, &tap, Model::TcFilter).unwrap();
+    ping_through(&tap);
+    drop(tap);
+    assert!(!has_tap(&idle, "katatap2") && !has_tap(&container, "katatap2"));
+}
+
+#[test]
 fn a_macvtap_carries_frames_both_ways_and_is_undone_by_name() {
     let (container, _outside, link) = network();
     let tap = Tap::on_link(&container, &link, "katatap0").unwrap();

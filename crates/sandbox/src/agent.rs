@@ -274,10 +274,11 @@ impl Agent {
         Ok(())
     }
 
-    /// Brings processors online that the machine got.
-    pub(crate) async fn online_cpus(&self, count: u32) -> Result<(), SandboxError> {
-        let request = message::OnlineCpusRequest { count, ..Default::default() };
-        self.client.online_cpus(patience(), &request).await.map_err(failed)?;
+    /// Makes use of what the machine got: processors, and memory that was kept back.
+    pub(crate) async fn grow(&self, cpus: u32, kept_back_mib: u32) -> Result<(), SandboxError> {
+        let request =
+            message::GrowRequest { online_cpus: cpus, kept_back_mib, ..Default::default() };
+        self.client.grow(patience(), &request).await.map_err(failed)?;
         Ok(())
     }
 

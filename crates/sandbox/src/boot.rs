@@ -8,7 +8,8 @@ use crate::process::lock;
 use crate::share::Share;
 use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
-use crate::{SandboxDir, SandboxError, vm_config};
+use crate::vm_config::{self, Later};
+use crate::{SandboxDir, SandboxError};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
 use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
@@ -30,6 +31,8 @@ pub(crate) struct Boot<'a> {
     /// The host's file behind the container's `/etc/resolv.conf`.
     pub resolv_conf: Option<&'a Path>,
     pub netns: Option<Netns>,
+    /// What the machine may have to take in once it runs.
+    pub later: Later,
     /// The engine looks for the network namespace where the monitor is.
     pub monitor_shows_netns: bool,
     pub config: Option<&'a Path>,
@@ -165,7 +168,8 @@ impl Power<'_> {
 
     /// The machine that boots.
     fn booting(&self) -> Result<VmConfig, SandboxError> {
-        let mut vm = vm_config::vm_config(self.config, self.sizing, self.boot.sandbox)?;
+        let mut vm =
+            vm_config::vm_config(self.config, self.sizing, self.boot.sandbox, self.boot.later)?;
         vm_config::prefer_vsock(&mut vm, self.config.hypervisor.channel)?;
         Ok(vm)
     }
@@ -179,7 +183,8 @@ impl Power<'_> {
         known: Option<Mac>,
     ) -> Result<(Share, Qemu), SandboxError> {
         let Self { boot, config, .. } = *self;
-        let nics = network.as_mut().map(|network| network.first_nics(known));
+        let count = vm_config::first_nics(&vm);
+        let nics = network.as_mut().map(|network| network.first_nics(known, count));
         let nics = nics.transpose()?.unwrap_or_default();
         if let Some(network) = network.as_ref().filter(|_| boot.monitor_shows_netns) {
             let shown = network.netns().as_fd().try_clone_to_owned();

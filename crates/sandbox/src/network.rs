@@ -3,6 +3,7 @@
 //! With `tcfilter` one NIC is plugged before the guest starts, with a tap that nobody has
 //! joined yet, so that an engine may connect the network late; a NIC whose interface is gone
 //! waits for the next one, so that networks may come and go as often as the engine likes. A
+//! machine that takes no NIC later has all from the start ([`Idle`]). A
 //! macvtap belongs to its interface: there is a NIC when there is an interface, plugged if
 //! the guest runs already. Each time the namespace changes, [`Network::grow`] makes the NICs
 //! that are missing, and [`Network::sync`] joins what is new, parts from what is gone, and
@@ -31,12 +32,20 @@ struct Joined {
     answers: bool,
 }
 
+/// NICs that the machine has, and that may never be needed. Their taps are in a namespace that
+/// nobody else has, and go with it.
+struct Idle {
+    netns: Netns,
+    nics: VecDeque<Nic>,
+}
+
 /// The network of one sandbox.
 pub(crate) struct Network {
     netns: Arc<Netns>,
     model: Model,
     /// Plugged, and not joined.
     spare: VecDeque<Nic>,
+    idle: Option<Idle>,
     /// On the way to this namespace.
     moving: Option<JoinHandle<Result<VecDeque<Nic>, NetworkError>>>,
     joined: Vec<Joined>,
@@ -52,6 +61,7 @@ impl Network {
             netns: Arc::new(netns),
             model,
             spare: VecDeque::new(),
+            idle: None,
             moving: None,
             joined: Vec::new(),
             made: 0,
@@ -84,14 +94,20 @@ impl Network {
         Arc::clone(&self.netns)
     }
 
-    /// The NICs that the machine starts with: what the VMM needs for each. A clone's first one
-    /// has the `known` address, that of its template.
+    /// The NICs that the machine starts with, `count` of them if they are not made for an
+    /// interface each: what the VMM needs for each. A clone's first one has the `known`
+    /// address, that of its template.
     pub(crate) fn first_nics(
         &mut self,
         known: Option<Mac>,
+        count: usize,
     ) -> Result<Vec<(OwnedFd, Mac)>, SandboxError> {
         match self.model {
-            Model::TcFilter => Ok(vec![self.add_spare(known)?]),
+            Model::TcFilter => {
+                let mut nics = vec![self.add_spare(known)?];
+                self.add_idle(count.saturating_sub(1), &mut nics)?;
+                Ok(nics)
+            }
             Model::Macvtap => std::iter::from_fn(|| self.grow().transpose()).collect(),
             Model::None => Ok(Vec::new()),
         }
@@ -110,6 +126,7 @@ impl Network {
         self.part_from_gone(&state.links);
         let new = state.links.iter().filter(|link| !self.is_joined(link.index));
         let new: Vec<&Link> = new.collect();
+        while self.model == Model::TcFilter && new.len() > self.spare.len() && self.take_idle()? {}
         match self.model {
             Model::TcFilter if new.len() > self.spare.len() => self.add_spare(None).map(Some),
             Model::Macvtap => new.first().map(|link| self.add_on(link)).transpose(),
@@ -125,6 +142,35 @@ impl Network {
         let plugged = nic.plug()?;
         self.spare.push_back(nic);
         Ok(plugged)
+    }
+
+    /// NICs that wait for more interfaces than most sandboxes have.
+    fn add_idle(
+        &mut self,
+        count: usize,
+        plugged: &mut Vec<(OwnedFd, Mac)>,
+    ) -> Result<(), SandboxError> {
+        if count == 0 {
+            return Ok(());
+        }
+        let mut idle = Idle { netns: Netns::create()?, nics: VecDeque::new() };
+        for _ in 0..count {
+            let tap = Tap::create_idle(&idle.netns, &self.next_name())?;
+            let nic = Nic { tap, device: new_mac()? };
+            plugged.push(nic.plug()?);
+            idle.nics.push_back(nic);
+        }
+        self.idle = Some(idle);
+        Ok(())
+    }
+
+    /// Brings an idle NIC to the engine's interfaces; false: there is none.
+    fn take_idle(&mut self) -> Result<bool, SandboxError> {
+        let Some(idle) = &mut self.idle else { return Ok(false) };
+        let Some(mut nic) = idle.nics.pop_front() else { return Ok(false) };
+        nic.tap.move_to(&idle.netns, &self.netns)?;
+        self.spare.push_back(nic);
+        Ok(true)
     }
 
     /// A NIC whose macvtap is on `link`.

@@ -42,11 +42,12 @@ impl Machine {
     async fn grow(&self, limits: &[Limits]) {
         let (memory_mib, vcpus) = Sizing::for_containers(limits);
         let wanted = Size { memory_mib, vcpus };
-        let (before, resized, after) = {
+        let (before, resized, after, keeps_back) = {
             let mut hypervisor = self.hypervisor().lock().await;
             let before = hypervisor.size();
             let resized = hypervisor.resize(wanted).await;
-            (before, resized, hypervisor.size())
+            let keeps_back = hypervisor.capabilities().keeps_memory_back;
+            (before, resized, hypervisor.size(), keeps_back)
         };
         let sandbox = self.sandbox();
         if let Err(error) = resized {
@@ -58,19 +59,27 @@ impl Machine {
         if after == before {
             return;
         }
-        if let Err(error) = self.bring_online(before, after).await {
-            tracing::warn!(%sandbox, error = %error.text(), "new virtual CPUs are not used");
+        if let Err(error) = self.make_use_of(before, after, keeps_back).await {
+            tracing::warn!(%sandbox, error = %error.text(),
+                "the guest does not use all that the virtual machine got");
         }
         tracing::info!(%sandbox, "the virtual machine grew from {} MiB and {} vCPUs to {} MiB and {} vCPUs",
             before.memory_mib, before.vcpus, after.memory_mib, after.vcpus);
     }
 
-    /// The guest's kernel uses memory as it comes, but no processor before it is told to.
-    async fn bring_online(&self, before: Size, after: Size) -> Result<(), SandboxError> {
-        if after.vcpus == before.vcpus {
+    /// The guest's kernel uses memory as it comes, but no processor before it is told to, and no
+    /// memory that it was told to keep off.
+    async fn make_use_of(
+        &self,
+        before: Size,
+        after: Size,
+        keeps_back: bool,
+    ) -> Result<(), SandboxError> {
+        let kept_back = if keeps_back { after.memory_mib - before.memory_mib } else { 0 };
+        if after.vcpus == before.vcpus && kept_back == 0 {
             return Ok(());
         }
-        self.call(self.agent().online_cpus(after.vcpus)).await
+        self.call(self.agent().grow(after.vcpus, kept_back)).await
     }
 }
 

@@ -13,6 +13,7 @@ use crate::life::status_word;
 use crate::machine::Machine;
 use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
 use crate::state::{SERVER_ROLE, StateFile, remove_cgroup};
+use crate::vm_config::Later;
 use crate::{PodRole, SandboxDir, SandboxError, forward, hooks};
 use kata_hypervisor::DeviceId;
 use kata_network::Netns;
@@ -265,6 +266,8 @@ impl Sandbox {
         let named = linux.namespace(kata_oci::NamespaceKind::Network);
         let own = request.stand_in.is_none() && named.is_some_and(|named| named.path.is_none());
         let netns = if own { Netns::create()? } else { netns(request.stand_in, named)? };
+        let role = PodRole::of(&bundle.spec.annotations)?;
+        let alone = role == PodRole::Alone && bundle.plan.disk.is_none();
         let boot = Boot {
             sandbox: &self.id,
             container: &bundle.id,
@@ -272,6 +275,7 @@ impl Sandbox {
             spec: &bundle.spec,
             resolv_conf: bundle.plan.resolv_conf.as_deref(),
             netns: Some(netns),
+            later: if alone { Later::Networks } else { Later::Devices },
             monitor_shows_netns: own,
             config: request.config.as_deref(),
         };
@@ -280,7 +284,7 @@ impl Sandbox {
             Ok(machine) => {
                 let machine = Arc::new(machine);
                 self.watch(&machine);
-                if matches!(PodRole::of(&bundle.spec.annotations), Ok(PodRole::Sandbox))
+                if role == PodRole::Sandbox
                     && let Some(netns) = machine.netns().await
                 {
                     forward::serve(&machine, &netns);

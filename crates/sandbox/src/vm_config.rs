@@ -20,12 +20,22 @@ pub(crate) fn network_model(config: &SandboxConfig) -> Model {
     }
 }
 
+/// What a machine may have to take in while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Later {
+    /// Networks, of which there are few: it is for one container whose root is no disk.
+    Networks,
+    /// A share, disks, the further containers of a pod.
+    Devices,
+}
+
 /// The machine to start: the configuration's, of this size; without share and NICs so far, and
 /// with the channel that every host has.
 pub(crate) fn vm_config(
     config: &SandboxConfig,
     sizing: &Sizing,
     sandbox: &Id,
+    later: Later,
 ) -> Result<VmConfig, SandboxError> {
     let hypervisor = &config.hypervisor;
     let verdict = accelerator::choose(match hypervisor.accelerator {
@@ -42,13 +52,14 @@ pub(crate) fn vm_config(
         kernel_params.push("agent.log=debug".to_owned());
     }
     let grows = !config.runtime.static_sandbox_resource_mgmt;
+    let kernel_kind = KernelKind::of(&hypervisor.kernel)?;
     Ok(VmConfig {
         netns: None,
         id: sandbox.to_string(),
         qemu: hypervisor.path.clone(),
         firmware: hypervisor.firmware.clone(),
         kernel: hypervisor.kernel.clone(),
-        kernel_kind: KernelKind::of(&hypervisor.kernel)?,
+        kernel_kind,
         initrd: hypervisor.initrd.clone(),
         quiet: !hypervisor.enable_debug,
         kernel_params,
@@ -56,10 +67,7 @@ pub(crate) fn vm_config(
         cpu_options: hypervisor.cpu_features.clone(),
         entropy: entropy(&hypervisor.entropy_source),
         filter: hypervisor.seccompsandbox.clone(),
-        machine: match hypervisor.machine {
-            Machine::Q35 => kata_hypervisor::Machine::Q35,
-            Machine::Microvm => kata_hypervisor::Machine::Microvm,
-        },
+        machine: machine(config, verdict.accelerator, kernel_kind, later),
         accelerator: verdict.accelerator,
         tsc_khz: verdict.tsc_khz,
         memory_mib: sizing.memory_mib,
@@ -71,7 +79,7 @@ pub(crate) fn vm_config(
         // Under TCG it moves nothing faster.
         vhost_net: verdict.accelerator == kata_hypervisor::Accelerator::Kvm
             && !hypervisor.disable_vhost_net,
-        hotplug_ports: HOTPLUG_PORTS,
+        hotplug_ports: NETWORKS - 1,
         share: None,
         channel: ChannelKind::Serial,
         start: Start::Boot,
@@ -89,8 +97,39 @@ pub(crate) fn prefer_vsock(vm: &mut VmConfig, wanted: Channel) -> Result<(), San
     Ok(())
 }
 
-/// Networks that may be connected beside the first.
-const HOTPLUG_PORTS: u32 = 3;
+/// The virtual hardware. `auto` is a microvm where that boots much sooner and will do: emulated,
+/// with our kernel, which needs no ACPI there, and with nothing to be plugged but networks. KVM
+/// is through PCI and ACPI in no time. Options and firmware that the administrator names are for
+/// the machine that there always was.
+fn machine(
+    config: &SandboxConfig,
+    accelerator: kata_hypervisor::Accelerator,
+    kernel: KernelKind,
+    later: Later,
+) -> kata_hypervisor::Machine {
+    use kata_hypervisor::{Accelerator::Tcg, Machine::Microvm, Machine::Q35};
+    let hypervisor = &config.hypervisor;
+    let quick = accelerator == Tcg && kernel == KernelKind::Tuned;
+    let usual = hypervisor.machine_accelerators.is_empty() && hypervisor.firmware.is_none();
+    // A macvtap is made for the interface that it is on, so its NIC cannot be there before.
+    let few = later == Later::Networks && network_model(config) != Model::Macvtap;
+    match hypervisor.machine {
+        Machine::Microvm => Microvm,
+        Machine::Auto if quick && usual && few => Microvm,
+        Machine::Q35 | Machine::Auto => Q35,
+    }
+}
+
+/// Networks that may be connected to a machine at a time.
+const NETWORKS: u32 = 4;
+
+/// NICs that it has from the start: those that can be plugged come when they are needed.
+pub(crate) fn first_nics(vm: &VmConfig) -> usize {
+    match vm.machine {
+        kata_hypervisor::Machine::Q35 => 1,
+        kata_hypervisor::Machine::Microvm => NETWORKS as usize,
+    }
+}
 
 /// Users of jailed monitors: this plus the server's pid, so that no two live ones share one
 /// (pids are below 2²²). Nobody else has users of so high a number.
@@ -137,6 +176,33 @@ mod tests {
 
     fn has_not() -> io::Result<&'static str> {
         Err(io::ErrorKind::NotFound.into())
+    }
+
+    fn config(text: &str) -> SandboxConfig {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        kata_config::load(Some(file.path())).unwrap()
+    }
+
+    /// What a sandbox with this in its configuration file would be, emulated.
+    fn machine_of(text: &str, later: Later, kernel: KernelKind) -> kata_hypervisor::Machine {
+        machine(&config(text), kata_hypervisor::Accelerator::Tcg, kernel, later)
+    }
+
+    #[test]
+    fn a_machine_is_a_microvm_where_that_will_do() {
+        use kata_hypervisor::Machine::{Microvm, Q35};
+        let tuned = |text| machine_of(text, Later::Networks, KernelKind::Tuned);
+        assert_eq!(tuned(""), Microvm);
+        assert_eq!(machine_of("", Later::Devices, KernelKind::Tuned), Q35);
+        assert_eq!(machine_of("", Later::Networks, KernelKind::Distro), Q35);
+        assert_eq!(tuned("[hypervisor.qemu]\nmachine_accelerators = \"nvdimm=on\"\n"), Q35);
+        assert_eq!(tuned("[hypervisor.qemu]\nmachine_type = \"q35\"\n"), Q35);
+        assert_eq!(tuned("[runtime]\ninternetworking_model = \"macvtap\"\n"), Q35);
+        let named = "[hypervisor.qemu]\nmachine_type = \"microvm\"\n";
+        assert_eq!(machine_of(named, Later::Devices, KernelKind::Distro), Microvm);
+        let kvm = kata_hypervisor::Accelerator::Kvm;
+        assert_eq!(machine(&config(""), kvm, KernelKind::Tuned, Later::Networks), Q35);
     }
 
     #[test]

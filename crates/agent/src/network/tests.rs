@@ -35,7 +35,9 @@ fn configure_in(
 ) -> Result<(), NetworkError> {
     let work = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(configure_nics(network, parking, |link| link.kind == LinkKind::Veth))
+        runtime.block_on(configure_nics(network, parking, &mut Sleeping::default(), |link| {
+            link.kind == LinkKind::Veth
+        }))
     };
     guest.run(work).unwrap()
 }

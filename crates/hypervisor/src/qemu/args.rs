@@ -14,6 +14,8 @@ use crate::qemu::resize::Room;
 const FIRST_FD: RawFd = 10;
 /// The name under which the agent's end of the serial channel appears in the guest.
 const SERIAL_PORT: &str = "kata.agent.0";
+/// Ports of the serial device: the console's and the agent's. Each has two queues.
+const PORTS: u32 = 2;
 /// Where the host's kernel moves packets for guests.
 const VHOST_NET: &str = "/dev/vhost-net";
 /// QEMU's own filter: it starts nothing, gains nothing, changes no limits.
@@ -123,7 +125,8 @@ impl CommandLine {
         if config.is_bare() {
             machine.push_str(",acpi=off");
         }
-        let size = config.memory_mib;
+        let room = Room::new(config);
+        let size = room.memory_mib();
         let mut file = |file, share| {
             let file = self.fd(file);
             Some(format!("file,mem-path=/proc/self/fd/{file},share={share}"))
@@ -137,11 +140,17 @@ impl CommandLine {
             Origin::Boot if matches!(config.share, Some(Share::VhostUserFs { .. })) => {
                 Some("memfd,share=on".to_owned())
             }
+            // Most of it is never touched, and may be more than the host promises to a process.
+            Origin::Boot if room.keeps_back() => Some("memfd,share=on".to_owned()),
             Origin::Boot => None,
         };
         if let Some(backend) = backend {
             machine.push_str(",memory-backend=memory");
             self.option("-object", format!("memory-backend-{backend},id=memory,size={size}M"));
+        }
+        if config.machine == Machine::Microvm {
+            // What it would be is from before virtio was a standard.
+            self.option("-global", "virtio-mmio.force-legacy=false");
         }
         machine.push_str(",dump-guest-core=off");
         push_options(&mut machine, &config.machine_options);
@@ -150,7 +159,6 @@ impl CommandLine {
         let mut cpu = cpu(config.accelerator, qemu_major).to_owned();
         push_options(&mut cpu, &config.cpu_options);
         self.option("-cpu", cpu);
-        let room = Room::new(config);
         self.option("-m", room.memory_option());
         self.option("-smp", room.cpu_option(config.accelerator));
     }
@@ -180,7 +188,8 @@ impl CommandLine {
         let machine = config.machine;
         self.socket("qmp", qmp);
         self.option("-mon", "chardev=qmp,mode=control");
-        self.option("-device", virtio(machine, "virtio-serial", "id=serial"));
+        let serial = format!("id=serial,max_ports={PORTS}");
+        self.option("-device", virtio(machine, "virtio-serial", &serial));
         self.socket("console", console);
         self.option("-device", "virtconsole,chardev=console");
         if let Some(agent) = agent {

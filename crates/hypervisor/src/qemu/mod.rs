@@ -25,6 +25,7 @@ pub use cage::find_firmware;
 pub use qmp::QmpError;
 #[cfg(fuzzing)]
 pub(crate) use qmp::fuzz as fuzz_qmp;
+pub(crate) use resize::first_memory;
 pub use template::Parking;
 
 use crate::config::{Accelerator, ChannelKind, Machine, Share, VmConfig};
@@ -371,7 +372,7 @@ impl Hypervisor for Qemu {
 
     async fn plug(&mut self, device: Device) -> Result<DeviceId, HypervisorError> {
         if self.machine == Machine::Microvm {
-            return Err(HypervisorError::Config("nothing can be plugged into a microvm; use q35"));
+            return Err(HypervisorError::NoPort);
         }
         match device {
             Device::Nic(nic) => self.plug_nic(nic).await,
@@ -420,6 +421,7 @@ impl Hypervisor for Qemu {
             plug: self.machine == Machine::Q35,
             plug_vcpus: self.machine == Machine::Q35 && self.accelerator == Accelerator::Kvm,
             shared_memory: self.shared_memory,
+            keeps_memory_back: self.room.keeps_back(),
         }
     }
 

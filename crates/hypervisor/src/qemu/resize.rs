@@ -2,6 +2,10 @@
 //!
 //! QEMU puts in what is asked for, and tells when the guest's kernel has taken it. Nothing is
 //! taken out again: a kernel seldom can give memory back.
+//!
+//! A machine without ACPI can be given nothing. It has all the memory that it may come to from
+//! the start, of which the host spends nothing before it is touched; the kernel is told to keep
+//! off the rest, and grows when the agent tells it to use some.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -20,15 +24,31 @@ const BLOCK: u32 = 128;
 const TCG_MOST: u32 = 512 << 10;
 /// Slots that a machine of QEMU may have.
 const SLOTS: u32 = 256;
+/// Most memory that is kept back, MiB. QEMU's own tables for it are a 10,000th of it, and it
+/// fills them when it starts.
+const KEPT_BACK_MOST: u32 = 32 << 10;
+/// Where a microvm's memory goes on above the addresses of its devices: the size of the hole,
+/// MiB, and where it begins (QEMU's `hw/i386/microvm.c`).
+const HOLE: u32 = 1024;
+const BELOW_HOLE: u32 = 3072;
+
+/// How a machine gets more memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    /// Not at all.
+    Fixed,
+    /// In slots: those in use, and all.
+    Dimms { used: u32, slots: u32 },
+    /// It is there, and kept back.
+    KeptBack,
+}
 
 /// How large a machine is, and may become.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
     pub now: Size,
     most: Size,
-    /// Slots for memory: those in use, and all.
-    used: u32,
-    slots: u32,
+    memory: Memory,
     /// The memory's other user has to see it.
     shared: bool,
 }
@@ -46,26 +66,47 @@ impl Room {
             // Linux does not take processors that come later from an emulator.
             Accelerator::Tcg => now.vcpus,
         };
-        let slots = config.memory_slots.min(SLOTS);
-        let grows = pluggable && slots > 0 && memory >= now.memory_mib.saturating_add(BLOCK);
+        let (way, memory) = if !config.grows() {
+            (Memory::Fixed, now.memory_mib)
+        } else if config.is_bare() {
+            let most = now.memory_mib.saturating_add(KEPT_BACK_MOST);
+            (Memory::KeptBack, memory.min(most))
+        } else {
+            (Memory::Dimms { used: 0, slots: config.memory_slots.min(SLOTS) }, memory)
+        };
+        let grows = memory >= now.memory_mib.saturating_add(BLOCK);
         Self {
             now,
             most: Size {
                 memory_mib: if grows { memory } else { now.memory_mib },
                 vcpus: if pluggable { vcpus.max(now.vcpus) } else { now.vcpus },
             },
-            used: 0,
-            slots: if grows { slots } else { 0 },
+            memory: if grows { way } else { Memory::Fixed },
             shared: matches!(config.share, Some(Share::VhostUserFs { .. })),
         }
     }
 
+    /// All the memory that the machine has from the start, MiB.
+    pub(super) fn memory_mib(&self) -> u32 {
+        match self.memory {
+            Memory::KeptBack => self.most.memory_mib,
+            Memory::Fixed | Memory::Dimms { .. } => self.now.memory_mib,
+        }
+    }
+
+    /// Whether the guest has to be told to use what is added.
+    pub(super) fn keeps_back(&self) -> bool {
+        self.memory == Memory::KeptBack
+    }
+
     /// QEMU's `-m`.
     pub(super) fn memory_option(&self) -> String {
-        let Self { now, most, slots, .. } = self;
-        match slots {
-            0 => format!("{}M", now.memory_mib),
-            _ => format!("{}M,slots={slots},maxmem={}M", now.memory_mib, most.memory_mib),
+        let size = self.memory_mib();
+        match self.memory {
+            Memory::Fixed | Memory::KeptBack => format!("{size}M"),
+            Memory::Dimms { slots, .. } => {
+                format!("{size}M,slots={slots},maxmem={}M", self.most.memory_mib)
+            }
         }
     }
 
@@ -79,12 +120,22 @@ impl Room {
 
     /// MiB to add for the machine to have `wanted`, or as near to it as it may come.
     fn missing(&self, wanted: u32) -> u32 {
-        if self.used == self.slots {
-            return 0;
-        }
-        let most = self.most.memory_mib.saturating_sub(self.now.memory_mib) / BLOCK * BLOCK;
-        wanted.saturating_sub(self.now.memory_mib).next_multiple_of(BLOCK).min(most)
+        let now = self.now.memory_mib;
+        let first = match self.memory {
+            Memory::Dimms { used, slots } if used < slots => now,
+            // A block of which the kernel uses a part cannot be added.
+            Memory::KeptBack => now.next_multiple_of(BLOCK),
+            Memory::Fixed | Memory::Dimms { .. } => return 0,
+        };
+        let most = self.most.memory_mib.saturating_sub(first) / BLOCK * BLOCK;
+        wanted.saturating_sub(now).next_multiple_of(BLOCK).min(most)
     }
+}
+
+/// Where the memory ends that the kernel is to begin with, MiB; none: it uses all there is.
+pub(crate) fn first_memory(config: &VmConfig) -> Option<u32> {
+    let hole = if config.memory_mib > BELOW_HOLE { HOLE } else { 0 };
+    Room::new(config).keeps_back().then_some(config.memory_mib + hole)
 }
 
 /// Makes the memory of a DIMM.
@@ -185,8 +236,14 @@ impl Qemu {
     /// can come.
     pub(super) async fn grow(&mut self, wanted: Size) -> Result<(), HypervisorError> {
         let missing = self.room.missing(wanted.memory_mib);
-        if missing > 0 {
-            self.add_memory(missing).await?;
+        match self.room.memory {
+            Memory::KeptBack => self.room.now.memory_mib += missing,
+            Memory::Dimms { used, slots } if missing > 0 => {
+                // The slot is taken whatever the guest makes of it.
+                self.room.memory = Memory::Dimms { used: used + 1, slots };
+                self.add_memory(missing, used).await?;
+            }
+            Memory::Fixed | Memory::Dimms { .. } => {}
         }
         let vcpus = wanted.vcpus.min(self.room.most.vcpus);
         if vcpus > self.room.now.vcpus {
@@ -195,10 +252,9 @@ impl Qemu {
         Ok(())
     }
 
-    async fn add_memory(&mut self, mib: u32) -> Result<(), HypervisorError> {
+    async fn add_memory(&mut self, mib: u32, number: u32) -> Result<(), HypervisorError> {
         const STEP: &str = "add memory";
         self.up().await?;
-        let number = self.room.used;
         let (memory, id) = (format!("memory{number}"), format!("dimm{number}"));
         let backend = ObjectAdd {
             qom_type: "memory-backend-memfd",
@@ -214,8 +270,6 @@ impl Qemu {
             let _ = self.running()?.qmp.call(&ObjectDel { id: memory }, COMMAND).await;
             return Err(error);
         }
-        // The slot is taken whatever the guest makes of it.
-        self.room.used += 1;
         self.taken(STEP, &dimm.id, events).await?;
         self.room.now.memory_mib += mib;
         Ok(())
@@ -270,19 +324,52 @@ mod tests {
     #[test]
     fn without_a_free_slot_no_memory_is_added() {
         let mut full = room(|_| {});
-        full.used = full.slots;
+        full.memory = Memory::Dimms { used: 10, slots: 10 };
         assert_eq!(full.missing(4096), 0);
         let none = room(|config| config.memory_slots = 0);
         assert_eq!((none.missing(4096), none.memory_option().as_str()), (0, "2048M"));
     }
 
     #[test]
-    fn a_microvm_and_a_machine_at_its_most_stay_as_they_are() {
-        let microvm = room(|config| config.machine = Machine::Microvm);
+    fn a_microvm_with_acpi_and_a_machine_at_its_most_stay_as_they_are() {
+        let microvm = room(|config| {
+            (config.machine, config.accelerator) = (Machine::Microvm, Accelerator::Kvm);
+        });
         let most = room(|config| config.max_memory_mib = 2048);
         for room in [microvm, most] {
             assert_eq!((room.missing(4096), room.memory_option().as_str()), (0, "2048M"));
         }
+    }
+
+    #[test]
+    fn a_machine_without_acpi_has_its_memory_from_the_start() {
+        let bare = |memory, most| {
+            room(|config| {
+                config.machine = Machine::Microvm;
+                (config.memory_mib, config.max_memory_mib) = (memory, most);
+            })
+        };
+        let room = bare(2000, 8192);
+        assert_eq!((room.memory_option().as_str(), room.now.memory_mib), ("8192M", 2000));
+        // Of the sixteenth block a part is in use.
+        let added = [2000, 2001, 2129, u32::MAX].map(|wanted| room.missing(wanted));
+        assert_eq!(added, [0, 128, 256, 8192 - 2048]);
+        assert_eq!(bare(2048, 2 << 20).memory_option(), format!("{}M", 2048 + (32 << 10)));
+        assert!(!bare(2048, 2100).keeps_back());
+    }
+
+    #[test]
+    fn the_kernel_is_told_where_its_first_memory_ends() {
+        let end = |memory_mib| {
+            let mut config = sample_config();
+            (config.machine, config.memory_mib) = (Machine::Microvm, memory_mib);
+            first_memory(&config)
+        };
+        assert_eq!(end(2048), Some(2048));
+        assert_eq!(end(3072), Some(3072));
+        assert_eq!(end(4096), Some(5120));
+        assert_eq!(end(8192), None);
+        assert_eq!(first_memory(&sample_config()), None);
     }
 
     #[test]

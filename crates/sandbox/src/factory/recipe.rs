@@ -1,6 +1,7 @@
 //! Which machine a template is of.
 
-use crate::{SandboxError, vm_config};
+use crate::SandboxError;
+use crate::vm_config::{Later, vm_config};
 use kata_config::{Host, Limits, Machine, SandboxConfig, SharedFs, Sizing};
 use kata_hypervisor::{CloneMemory, Share, VmConfig};
 use kata_oci::Spec;
@@ -61,12 +62,12 @@ pub(crate) fn description(
     config: &SandboxConfig,
     sizing: &Sizing,
 ) -> Result<VmConfig, SandboxError> {
-    if config.hypervisor.machine != Machine::Q35 {
+    if config.hypervisor.machine == Machine::Microvm {
         return Err(SandboxError::Unsupported(
             "a template of a microvm (its clones could be given no share: use machine_type = \"q35\")",
         ));
     }
-    let mut vm = vm_config::vm_config(config, sizing, &"template".parse()?)?;
+    let mut vm = vm_config(config, sizing, &"template".parse()?, Later::Devices)?;
     match config.hypervisor.shared_fs {
         // Its device cannot be saved; it is plugged, and takes a port.
         SharedFs::VirtioFs | SharedFs::None => vm.hotplug_ports += 1,

@@ -13,7 +13,8 @@ use crate::packets::Packets;
 use crate::share::Share;
 use crate::stages::Stages;
 use crate::state::{MACHINE_ROLE, SERVER_ROLE, StateFile};
-use crate::{SandboxDir, SandboxError, vm_config};
+use crate::vm_config::{self, Later};
+use crate::{SandboxDir, SandboxError};
 use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu};
@@ -160,6 +161,7 @@ impl Warm {
             spec: &Spec::default(),
             resolv_conf: None,
             netns: None,
+            later: Later::Devices,
             // Until it knows whose network it has, the monitor is in one of its own.
             monitor_shows_netns: true,
             config: None,
