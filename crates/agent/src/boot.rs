@@ -14,8 +14,6 @@ use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 
-use crate::network::{self, NetworkError};
-
 /// Ordered list of modules (paths in the initramfs) that the kernel needs; may be missing.
 const MODULES: &str = "/etc/kata/modules";
 /// Where the real root is prepared.
@@ -32,9 +30,6 @@ pub enum BootError {
     /// A module is not to be had.
     #[error("cannot load kernel module {0}")]
     Module(String, #[source] io::Error),
-    /// No loopback interface.
-    #[error("cannot bring the loopback interface up")]
-    Loopback(#[source] NetworkError),
     /// Another step failed.
     #[error("cannot {0}")]
     Step(&'static str, #[source] io::Error),
@@ -136,7 +131,6 @@ pub fn boot() -> Result<Settings, BootError> {
     let limit = Rlimit { current: Some(FILES), maximum: Some(FILES) };
     setrlimit(Resource::Nofile, limit)
         .map_err(|error| BootError::Step("raise the limit of open files", error.into()))?;
-    network::loopback_up().map_err(BootError::Loopback)?;
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     Ok(Settings::parse(&command_line))
 }

@@ -5,12 +5,19 @@
 //! none matches is denied. As with runc, a few devices that every container needs are
 //! allowed after all others.
 
-use crate::bpf::{self, Hook};
+use crate::bpf::{self, Hook, Instruction};
 use crate::device_program::program;
 use crate::{CgroupError, file};
 use kata_oci::DeviceRule;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// The program of the last container, which most often is the next one's, too: for the kernel to
+/// check one is the work of milliseconds where the processor is emulated. One that a cgroup has
+/// already cannot be attached to it again, so only new cgroups get it.
+static LAST: Mutex<Option<(Vec<Instruction>, OwnedFd)>> = Mutex::new(None);
 
 /// More rules than any engine sends; the program stays far below the kernel's bound.
 const MAX_RULES: usize = 1024;
@@ -114,7 +121,17 @@ pub(crate) fn install(dir: &Path, rules: &[Rule]) -> Result<(), CgroupError> {
         |action| move |source| CgroupError::DeviceFilter { action, path: dir.to_owned(), source };
     let cgroup = File::open(dir).map_err(|source| CgroupError::io("open cgroup", dir, source))?;
     let old = bpf::attached(&cgroup, Hook::Device).map_err(failed("query"))?;
-    let program = bpf::load(&program(rules), Hook::Device).map_err(failed("load"))?;
+    let program = program(rules);
+    if old.is_empty() {
+        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = match last.take() {
+            Some((same, loaded)) if same == program => loaded,
+            _ => bpf::load(&program, Hook::Device).map_err(failed("load"))?,
+        };
+        let (_, loaded) = last.insert((program, loaded));
+        return bpf::attach(&cgroup, loaded, Hook::Device).map_err(failed("attach"));
+    }
+    let program = bpf::load(&program, Hook::Device).map_err(failed("load"))?;
     bpf::attach(&cgroup, &program, Hook::Device).map_err(failed("attach"))?;
     for id in old {
         let result = bpf::by_id(id).and_then(|old| bpf::detach(&cgroup, &old, Hook::Device));

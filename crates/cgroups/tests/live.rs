@@ -229,6 +229,30 @@ fn device_rules_are_enforced_and_replaced() {
 }
 
 #[test]
+fn cgroups_with_the_same_device_rules_share_a_program() {
+    if !is_root() || std::fs::File::open("/dev/kmsg").is_err() {
+        return;
+    }
+    let hierarchy = unified();
+    let (one, two) = (Own::new(&hierarchy, "shared1"), Own::new(&hierarchy, "shared2"));
+    let denied = parse(r#"{"devices":[{"allow":false,"access":"rwm"}]}"#);
+    let program = |own: &Own| {
+        let Hierarchy::V2 { root } = &hierarchy else { panic!("{hierarchy:?}") };
+        let cgroup = std::fs::File::open(root.join(own.0.path().trim_start_matches('/'))).unwrap();
+        kata_bpf::attached(&cgroup, kata_bpf::Hook::Device).unwrap()
+    };
+    one.0.apply(&denied, true).unwrap();
+    two.0.apply(&denied, true).unwrap();
+    assert_eq!((program(&one).len(), program(&one)), (1, program(&two)));
+    one.0.apply(&parse(r#"{"devices":[{"allow":true}]}"#), true).unwrap();
+    let read = ": < /dev/kmsg";
+    assert!(run_in(&one.0, read) && !run_in(&two.0, read), "the rules of one are only its own");
+    // What a cgroup has cannot be attached to it again.
+    two.0.apply(&denied, true).unwrap();
+    assert!(!run_in(&two.0, read));
+}
+
+#[test]
 fn limits_are_in_force_and_counted() {
     if !is_root() {
         return;

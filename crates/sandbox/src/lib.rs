@@ -9,6 +9,7 @@
 
 mod agent;
 mod boot;
+mod build;
 mod container;
 mod dir;
 mod error;

@@ -298,6 +298,11 @@ impl Machine {
         self.guest.get_or_try_init(|| connect).await.map(|_| ())
     }
 
+    /// Whether the guest has answered.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.guest.initialized()
+    }
+
     /// Waits until all its processes are in the sandbox's cgroup.
     async fn joined(&self) -> Result<(), SandboxError> {
         let Some(joining) = self.joining.lock().await.take() else { return Ok(()) };
@@ -379,6 +384,14 @@ impl Machine {
         let Some(network) = slot.as_mut() else { return Ok(None) };
         self.plug_nics(network).await?;
         self.sync_network(network).await
+    }
+
+    /// Makes the guest's network what is in the engine's namespace now.
+    pub(crate) async fn follow_engine(&self) -> Result<(), SandboxError> {
+        match self.network_change().await? {
+            Some(network) => self.call(self.agent.configure_network(&network)).await,
+            None => Ok(()),
+        }
     }
 
     /// A NIC for each interface that has none.
@@ -499,7 +512,7 @@ impl Machine {
     async fn end(&self) {
         // Nobody is to arrive in a cgroup that is about to be removed.
         let _ = self.joined().await;
-        if self.lost.borrow().is_none() && self.guest.initialized() {
+        if self.lost.borrow().is_none() && self.is_ready() {
             let synced = tokio::time::timeout(SYNC, self.call(self.agent.sync(SYNC))).await;
             if !matches!(synced, Ok(Ok(()))) {
                 tracing::warn!(sandbox = %self.sandbox, "the guest was ended before it wrote back all it held");

@@ -8,14 +8,12 @@ use crate::agent::ProcessRef;
 use crate::boot::Boot;
 use crate::container::{Bundle, Container, hook_state};
 use crate::factory::{Taken, Warm};
-use crate::io::Relay;
 use crate::life::status_word;
 use crate::machine::Machine;
-use crate::process::{Exit, Process, ProcessStatus, Stdio, StdioPaths, lock};
+use crate::process::{Exit, ProcessStatus, Stdio, StdioPaths, lock};
 use crate::state::{SERVER_ROLE, StateFile, remove_cgroup};
 use crate::vm_config::Later;
 use crate::{PodRole, SandboxDir, SandboxError, forward, hooks};
-use kata_hypervisor::DeviceId;
 use kata_network::Netns;
 use kata_oci::{Namespace, Status};
 use kata_protocol::{Id, chain, limits};
@@ -145,7 +143,7 @@ pub struct ProcessState {
 pub struct Sandbox {
     id: Id,
     dir: SandboxDir,
-    state: Mutex<StateFile>,
+    pub(crate) state: Mutex<StateFile>,
     machine: tokio::sync::Mutex<Option<Arc<Machine>>>,
     warm: Mutex<Option<Warm>>,
     pub(crate) containers: Mutex<BTreeMap<Id, Arc<Container>>>,
@@ -296,82 +294,6 @@ impl Sandbox {
                 Err(error)
             }
         }
-    }
-
-    async fn create_in(
-        self: &Arc<Self>,
-        machine: &Arc<Machine>,
-        mut bundle: Bundle,
-        request: CreateRequest,
-    ) -> Result<i32, SandboxError> {
-        let mut disk = None;
-        if bundle.in_guest && bundle.plan.disk.is_some() {
-            // A guest that is still looking for its devices might miss it.
-            machine.ready().await?;
-            disk = machine.plug_root(&mut bundle).await?;
-        }
-        let attached: Vec<_> = bundle.plan.attachments.iter().map(|a| a.at.clone()).collect();
-        let built = self.build_in(machine, bundle, request, disk.clone()).await;
-        if built.is_err() && !machine.is_over() {
-            // The pod lives on, without what this container would have had.
-            machine.detach(&attached);
-            if let Some(disk) = &disk {
-                machine.unplug(disk).await;
-            }
-        }
-        built
-    }
-
-    async fn build_in(
-        self: &Arc<Self>,
-        machine: &Arc<Machine>,
-        bundle: Bundle,
-        mut request: CreateRequest,
-        disk: Option<DeviceId>,
-    ) -> Result<i32, SandboxError> {
-        let pid = request.stand_in.unwrap_or_else(|| machine.pid());
-        if let Some(pid) = request.stand_in {
-            machine.adopt(pid)?;
-            lock(&self.state).record_process(pid, "stand-in")?;
-        }
-        let state = hook_state(&bundle.id, &bundle.path, &bundle.spec, Status::Creating, pid);
-        let hooks = bundle.hooks();
-        let attachments = if bundle.in_guest { &bundle.plan.attachments[..] } else { &[] };
-        let prepare = async {
-            machine.attach(attachments).await?;
-            hooks::run("prestart", &hooks.prestart, &state).await?;
-            hooks::run("createRuntime", &hooks.create_runtime, &state).await
-        };
-        tokio::try_join!(prepare, machine.ready())?;
-        let network = machine.network_change().await?;
-        machine.mark("hooks and network");
-
-        let message = request.stdio.message();
-        let reference = ProcessRef { container: bundle.id.clone(), exec: None };
-        let process = Process::new(reference, pid, &request.stdio);
-        if bundle.in_guest {
-            let streams = std::mem::take(&mut request.stdio.streams);
-            process.set_relay(Relay::start(machine.channel(), &bundle.id, None, streams).await?);
-            self.make_room(machine, &bundle.id, bundle.spec.linux().resources.as_ref()).await;
-            machine.create(&bundle, message, network).await?;
-        } else if let Some(network) = network {
-            machine.call(machine.agent().configure_network(&network)).await?;
-        }
-        machine.mark("container created");
-        let container = Arc::new(Container::new(bundle, process, disk));
-        if container.in_guest {
-            self.follow(machine, &container, Arc::clone(&container.init));
-        }
-        self.emit(Event::Created {
-            container: container.id.clone(),
-            bundle: request.bundle,
-            rootfs: request.rootfs,
-            paths: request.stdio.paths,
-            terminal: request.stdio.terminal,
-            pid,
-        });
-        lock(&self.containers).insert(container.id.clone(), container);
-        Ok(pid)
     }
 
     /// Forgets a process that has ended; with the first process, the container.
