@@ -1,14 +1,17 @@
 //! Machines that wait for a sandbox, under Docker.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kata_e2e::command::{self, PATIENCE, words};
 use kata_e2e::http;
 use kata_e2e::leaks;
+use kata_e2e::oci::{Bundle, Oci};
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
+use serde_json::json;
 
 use super::templates::{Templates, config, ctl, ready, status};
 
@@ -16,6 +19,7 @@ pub fn trials() -> Vec<Trial<Templates>> {
     trials!["spares":
         Kata: sandbox_takes_a_spare_and_another_is_made, sandboxes_from_spares_differ,
             spare_serves_network_volumes_and_terminals, sandbox_with_a_limit_takes_none,
+            network_that_a_hook_makes_is_there, failing_hook_leaves_nothing_of_a_spare,
             killed_spare_is_made_anew, spares_end_with_the_factory,
             what_all_killed_leave_is_undone_by_the_next,
             sandbox_that_never_starts_keeps_no_other_from_a_spare;
@@ -86,6 +90,53 @@ fn spare_serves_network_volumes_and_terminals(templates: &Templates) -> Result<(
     ensure!(std::fs::read_to_string(dir.join("f"))? == "kept\n");
     let terminal = templates.docker.cmd(&format!("exec -t {} tty", server.name))?.expect_code(0)?;
     ensure!(terminal.out().starts_with("/dev/pts/"), "{terminal}");
+    Ok(())
+}
+
+/// Bundles whose sandboxes take spares.
+fn bundles(templates: &Templates) -> Result<Oci> {
+    let mut oci = Oci::new(&templates.docker.arena, "kata-runtime", &templates.probe)?;
+    oci.flags = format!("--config {}", config(templates, POOL));
+    Ok(oci)
+}
+
+fn with_hook<'a>(bundle: Bundle<'a>, kind: &str, script: &str) -> Result<Bundle<'a>> {
+    let path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
+    let hook = json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": [path] });
+    bundle.with(|spec| spec["hooks"] = json!({ kind: [hook] }))
+}
+
+/// The guest makes the container while the hook runs.
+fn network_that_a_hook_makes_is_there(templates: &Templates) -> Result<()> {
+    filled(templates)?;
+    let oci = bundles(templates)?;
+    let script = "pid=$(sed -E 's/.*\"pid\": ?([0-9]+).*/\\1/'); sleep 1; \
+        ip link add ve$pid type veth peer name eth7 netns $pid && \
+        nsenter -t $pid -n ip addr add 10.98.8.6/24 dev eth7 && \
+        nsenter -t $pid -n ip link set eth7 up && ip link set ve$pid up";
+    let bundle = with_hook(oci.bundle("ip -4 -o addr; exec sleep 100000")?, "prestart", script)?;
+    bundle.start()?;
+    let trace = command::ok(&mut ctl(&format!("trace {}", bundle.id)))?.out();
+    ensure!(trace.contains("hooks and container"), "{trace}");
+    command::eventually("the container has the interface", PATIENCE, || {
+        let seen = bundle.stdout()?;
+        Ok(seen.contains("10.98.8.6/24") && seen.contains("127.0.0.1/8"))
+    })
+}
+
+fn failing_hook_leaves_nothing_of_a_spare(templates: &Templates) -> Result<()> {
+    filled(templates)?;
+    let spares = leaks::processes_named("kata-sandbox (spare)")?;
+    let oci = bundles(templates)?;
+    let script = "sleep 1; echo the reason >&2; exit 3";
+    let bundle = with_hook(oci.bundle("true")?, "createRuntime", script)?;
+    let output = bundle.create()?;
+    ensure!(output.code == 1 && output.err().contains("the reason"), "{output}");
+    ensure!(bundle.verb("state")?.code != 0, "a container is left");
+    let directory = Path::new("/run/kata-containers").join(&bundle.id);
+    ensure!(!directory.exists(), "{} is left", directory.display());
+    filled(templates)?;
+    ensure!(leaks::processes_named("kata-sandbox (spare)")? != spares, "no spare was taken");
     Ok(())
 }
 

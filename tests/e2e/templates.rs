@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -19,10 +19,12 @@ use kata_e2e::trials;
 /// A Docker whose default runtime clones; its templates go with it.
 pub struct Templates {
     pub docker: Docker,
+    /// What the root file system of a bundle is made with.
+    pub probe: PathBuf,
 }
 
 pub fn start(arena: &Arena, runtime: &'static str, probe: &Path) -> Result<Templates> {
-    Ok(Templates { docker: Docker::start(arena, runtime, probe)? })
+    Ok(Templates { docker: Docker::start(arena, runtime, probe)?, probe: probe.to_owned() })
 }
 
 impl Drop for Templates {

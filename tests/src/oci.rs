@@ -22,6 +22,8 @@ pub struct Oci {
     pub arena: Arena,
     /// The root file system that bundles share, read-only.
     pub rootfs: PathBuf,
+    /// Flags before each verb.
+    pub flags: String,
 }
 
 impl Oci {
@@ -31,7 +33,7 @@ impl Oci {
         if !rootfs.join("bin/busybox").exists() {
             images::busybox_rootfs(&rootfs, probe)?;
         }
-        Ok(Self { runtime, arena: arena.clone(), rootfs })
+        Ok(Self { runtime, arena: arena.clone(), rootfs, flags: String::new() })
     }
 
     /// Whether our runtime is the one under test.
@@ -42,7 +44,7 @@ impl Oci {
     /// The command line, to be run by the caller.
     pub fn command(&self, line: &str) -> Command {
         let mut command = Command::new(self.runtime);
-        command.args(words(line));
+        command.args(words(&self.flags)).args(words(line));
         command
     }
 
@@ -113,8 +115,8 @@ impl Bundle<'_> {
         // The container keeps the streams it is given: files, so that nobody waits for their end.
         let dir = self.dir.display();
         let line = format!(
-            "exec {} create {flags} --bundle {dir} --pid-file {dir}/pid {} </dev/null >{dir}/stdout 2>{dir}/stderr",
-            self.oci.runtime, self.id
+            "exec {} {} create {flags} --bundle {dir} --pid-file {dir}/pid {} </dev/null >{dir}/stdout 2>{dir}/stderr",
+            self.oci.runtime, self.oci.flags, self.id
         );
         let mut output = command::run(Command::new("sh").args(["-c", &line]))?;
         output.stderr = fs::read(self.dir.join("stderr"))?;

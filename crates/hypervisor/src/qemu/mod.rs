@@ -3,6 +3,7 @@
 //! `args.rs` makes the command line, `cage.rs` the jail, `qmp.rs` speaks to it, `watch.rs`
 //! learns how it ended; here they come together.
 
+mod ahead;
 mod args;
 mod cage;
 mod plug;
@@ -243,7 +244,7 @@ impl Qemu {
         major: u32,
     ) -> Result<Option<LateShare>, HypervisorError> {
         let on_host = cage::paths(&config)?;
-        let (jail, in_jail) = cage::build(&config, &on_host, !matches!(origin, Origin::Boot));
+        let (jail, in_jail) = cage::build(&config, &on_host, !matches!(origin, Origin::Boot(None)));
         let paths = if config.jail { &in_jail } else { &on_host };
 
         let (qmp, qmp_theirs) = pair()?;
@@ -337,7 +338,10 @@ impl Hypervisor for Qemu {
         check(&config)?;
         let major = version::major(&config.qemu).await?;
         match std::mem::take(&mut config.start) {
-            Start::Boot => self.launch(config, Origin::Boot, major).map(drop),
+            Start::Boot => {
+                let memory = ahead::memory(&config).map_err(host("make memory"))?;
+                self.launch(config, Origin::Boot(memory), major).map(drop)
+            }
             Start::Template => self.start_template(config, major),
             Start::Clone { snapshot, memory } => {
                 self.start_clone(config, snapshot, memory, major).await
