@@ -105,6 +105,13 @@ pub trait Hypervisor: Send {
     /// Unplugs a device. Returns when the guest has let go of it.
     async fn unplug(&mut self, device: &DeviceId) -> Result<(), HypervisorError>;
 
+    /// To be called once the guest has booted, and before anything runs in it that is not ours:
+    /// from here on it has no memory beyond its size.
+    ///
+    /// # Errors
+    /// The host does not take the rest away.
+    fn settle(&mut self) -> Result<(), HypervisorError>;
+
     /// How large the machine is.
     fn size(&self) -> Size;
 

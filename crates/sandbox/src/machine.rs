@@ -291,6 +291,7 @@ impl Machine {
                 other => other,
             })?;
             self.mark("agent ready");
+            self.hypervisor.lock().await.settle()?;
             tracing::info!(sandbox = %self.sandbox, kernel = guest.kernel, agent = guest.agent_version,
                 init_ms = guest.init.as_millis(), ready_ms = guest.ready.as_millis(), "guest is up");
             Ok(guest)

@@ -21,7 +21,7 @@ pub fn trials() -> Vec<Trial<Docker>> {
             exit_code_of_exec_is_the_processes, exec_takes_user_env_and_workdir,
             events_tell_the_life_of_a_container, many_containers_at_once;
         Kata: no_guest_pid_is_given_out_as_a_host_pid, machine_grows_with_an_update,
-            more_cpus_are_no_error;
+            memory_that_is_kept_back_is_out_of_reach, more_cpus_are_no_error;
     ]
 }
 
@@ -232,6 +232,18 @@ fn machine_grows_with_an_update(docker: &Docker) -> Result<()> {
     // A smaller limit is the guest's affair.
     docker.ok(&format!("update --memory 512m --memory-swap 512m {}", container.name))?;
     ensure!(total()? - before == grown);
+    Ok(())
+}
+
+/// A guest that disregards what it was told finds nothing there.
+fn memory_that_is_kept_back_is_out_of_reach(docker: &Docker) -> Result<()> {
+    // The first block above all devices: of memory that it has, the kernel takes the highest first.
+    let script = "echo 0x100000000 > /sys/devices/system/memory/probe && echo added; \
+        dd if=/dev/zero of=/dev/shm/x bs=1M count=32; echo used";
+    let container = docker.detached("--privileged", &format!("sh -c '{script}'"))?;
+    let code = docker.ok(&format!("wait {}", container.name))?;
+    let said = docker.ok(&format!("logs {}", container.name))?;
+    ensure!(code == "137" && !said.contains("used"), "{code}: {said}");
     Ok(())
 }
 

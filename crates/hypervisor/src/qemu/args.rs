@@ -140,8 +140,6 @@ impl CommandLine {
             Origin::Boot(None) if matches!(config.share, Some(Share::VhostUserFs { .. })) => {
                 Some("memfd,share=on".to_owned())
             }
-            // Most of it is never touched, and may be more than the host promises to a process.
-            Origin::Boot(None) if room.keeps_back() => Some("memfd,share=on".to_owned()),
             Origin::Boot(None) => None,
         };
         if let Some(backend) = backend {

@@ -68,6 +68,8 @@ pub struct Qemu {
     running: Option<Running>,
     /// The memory that a template is to leave.
     template: Option<OwnedFd>,
+    /// The memory of a machine that keeps some of it back.
+    kept_back: Option<OwnedFd>,
     milestones: Vec<(&'static str, Instant)>,
 }
 
@@ -136,6 +138,7 @@ impl Qemu {
             watch: Watch::new(),
             running: None,
             template: None,
+            kept_back: None,
             milestones: Vec::new(),
         }
     }
@@ -340,6 +343,10 @@ impl Hypervisor for Qemu {
         match std::mem::take(&mut config.start) {
             Start::Boot => {
                 let memory = ahead::memory(&config).map_err(host("make memory"))?;
+                if let Some(memory) = memory.as_ref().filter(|_| self.room.keeps_back()) {
+                    let kept = memory.try_clone().map_err(host("share memory"))?;
+                    self.kept_back = Some(kept);
+                }
                 self.launch(config, Origin::Boot(memory), major).map(drop)
             }
             Start::Template => self.start_template(config, major),
@@ -410,6 +417,10 @@ impl Hypervisor for Qemu {
         }
         self.running()?.ports[port] = None;
         Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), HypervisorError> {
+        self.confine()
     }
 
     fn size(&self) -> Size {

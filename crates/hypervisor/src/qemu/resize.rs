@@ -3,9 +3,10 @@
 //! QEMU puts in what is asked for, and tells when the guest's kernel has taken it. Nothing is
 //! taken out again: a kernel seldom can give memory back.
 //!
-//! A machine without ACPI can be given nothing. It has all the memory that it may come to from
-//! the start, of which the host spends nothing before it is touched; the kernel is told to keep
-//! off the rest, and grows when the agent tells it to use some.
+//! A machine without ACPI can be given nothing. It has addresses for all the memory that it may
+//! come to from the start; the kernel is told to keep off what is too much, and grows when the
+//! agent tells it to use some. Behind those addresses there is nothing as long as they are not to
+//! be used ([`Qemu::confine`]), so that a guest never has more than it was given.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -14,7 +15,7 @@ use tokio::sync::broadcast::Receiver;
 use super::{COMMAND, Qemu, UNPLUG};
 use crate::Size;
 use crate::config::{Accelerator, Machine, Share, VmConfig};
-use crate::error::HypervisorError;
+use crate::error::{HypervisorError, host};
 use crate::qemu::qmp::{Command, Event};
 
 /// Linux takes memory in blocks of so many MiB, at addresses that are a multiple of it.
@@ -237,7 +238,10 @@ impl Qemu {
     pub(super) async fn grow(&mut self, wanted: Size) -> Result<(), HypervisorError> {
         let missing = self.room.missing(wanted.memory_mib);
         match self.room.memory {
-            Memory::KeptBack => self.room.now.memory_mib += missing,
+            Memory::KeptBack => {
+                self.room.now.memory_mib += missing;
+                self.confine()?;
+            }
             Memory::Dimms { used, slots } if missing > 0 => {
                 // The slot is taken whatever the guest makes of it.
                 self.room.memory = Memory::Dimms { used: used + 1, slots };
@@ -250,6 +254,17 @@ impl Qemu {
             self.add_vcpus((vcpus - self.room.now.vcpus) as usize).await?;
         }
         Ok(())
+    }
+
+    /// Makes the file that is the machine's memory as long as what the guest is to use, in whole
+    /// blocks. Its kernel keeps off the rest because it was told to; one that was taken over
+    /// would find nothing there: the monitor ends when it touches it.
+    pub(super) fn confine(&self) -> Result<(), HypervisorError> {
+        let Some(memory) = &self.kept_back else { return Ok(()) };
+        let length = u64::from(self.room.now.memory_mib.next_multiple_of(BLOCK)) << 20;
+        rustix::fs::ftruncate(memory, length)
+            .map_err(std::io::Error::from)
+            .map_err(host("keep memory back from the guest"))
     }
 
     async fn add_memory(&mut self, mib: u32, number: u32) -> Result<(), HypervisorError> {
