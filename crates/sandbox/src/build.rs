@@ -46,9 +46,16 @@ impl New<'_> {
     }
 }
 
-/// Whether a container has settings of interfaces, which may come with the hooks only.
+/// Whether a container has settings of interfaces, which may come with the hooks only. What is
+/// said of the whole network is not: engines say some of that for every container.
 fn sets_up_network(spec: &Spec) -> bool {
-    spec.linux().sysctl.keys().any(|name| name.starts_with("net."))
+    let names_interface = |name: &String| {
+        let mut parts = name.split(['.', '/']);
+        parts.next() == Some("net")
+            && parts.any(|part| part == "conf" || part == "neigh")
+            && !parts.next().is_some_and(|name| matches!(name, "all" | "default" | "lo"))
+    };
+    spec.linux().sysctl.keys().any(names_interface)
 }
 
 impl Sandbox {
@@ -175,6 +182,9 @@ mod tests {
             Spec::parse(text.as_bytes()).unwrap()
         };
         assert!(sets_up_network(&spec(r#"{"net.ipv4.conf.eth0.forwarding":"1"}"#)));
+        assert!(sets_up_network(&spec(r#"{"net/ipv6/neigh/eth0.1/gc_stale_time":"1"}"#)));
+        assert!(!sets_up_network(&spec(r#"{"net.ipv4.ip_unprivileged_port_start":"0"}"#)));
+        assert!(!sets_up_network(&spec(r#"{"net.ipv4.conf.all.forwarding":"1"}"#)));
         assert!(!sets_up_network(&spec(r#"{"kernel.msgmax":"65536"}"#)));
         assert!(!sets_up_network(&spec("{}")));
     }
