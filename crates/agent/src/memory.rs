@@ -1,8 +1,8 @@
 //! Memory that the kernel did not use at boot, because it was told to (`mem=`).
 //!
-//! A machine without ACPI cannot be given memory while it runs. It has all that it may ever
-//! need from the start, untouched, and its kernel begins with a part of it; the rest is used
-//! when the host says so. The kernel takes an address for it (`memory/probe` in sysfs) and
+//! A machine without ACPI cannot be given memory while it runs. It has addresses for all that it
+//! may ever need from the start, and its kernel begins with a part of them; there is memory
+//! behind the rest when the host says so, and only then. The kernel takes an address for it (`memory/probe` in sysfs) and
 //! believes that there is memory, so addresses come from the firmware's map and nowhere else.
 
 use std::collections::BTreeSet;

@@ -231,6 +231,11 @@ impl VmConfig {
             && self.kernel_kind == KernelKind::Tuned
     }
 
+    /// Whether another process reads and writes its memory: the one behind the share.
+    pub(crate) fn shares_memory(&self) -> bool {
+        matches!(self.share, Some(Share::VhostUserFs { .. }))
+    }
+
     /// Whether memory may be added while it runs. A microvm with ACPI has no slots for it.
     pub(crate) fn grows(&self) -> bool {
         self.memory_slots > 0 && (self.machine == Machine::Q35 || self.is_bare())

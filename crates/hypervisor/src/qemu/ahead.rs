@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::resize::Room;
-use crate::config::{Accelerator, KernelKind, Share, VmConfig};
+use crate::config::{Accelerator, KernelKind, VmConfig};
 use crate::snapshot::guest_memory;
 
 const MIB: u64 = 1 << 20;
@@ -34,7 +34,7 @@ const HOLE: u64 = 2048;
 /// will touch; none where that is not known, or the monitor makes the memory better itself.
 pub(super) fn memory(config: &VmConfig) -> io::Result<Option<OwnedFd>> {
     let room = Room::new(config);
-    let shared = matches!(config.share, Some(Share::VhostUserFs { .. })) || room.keeps_back();
+    let shared = config.shares_memory() || room.keeps_back();
     let known = config.accelerator == Accelerator::Tcg && config.kernel_kind == KernelKind::Tuned;
     if !shared || !known {
         return Ok(None);

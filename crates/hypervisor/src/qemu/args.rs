@@ -137,9 +137,7 @@ impl CommandLine {
             | Origin::Clone(memory, MemoryMapping::Shared) => file(memory, "on"),
             Origin::Clone(memory, MemoryMapping::Private) => file(memory, "off"),
             // The process behind the share reads and writes the guest's memory.
-            Origin::Boot(None) if matches!(config.share, Some(Share::VhostUserFs { .. })) => {
-                Some("memfd,share=on".to_owned())
-            }
+            Origin::Boot(None) if config.shares_memory() => Some("memfd,share=on".to_owned()),
             Origin::Boot(None) => None,
         };
         if let Some(backend) = backend {

@@ -127,7 +127,7 @@ impl Qemu {
         Self {
             machine: config.machine,
             accelerator: config.accelerator,
-            shared_memory: matches!(config.share, Some(Share::VhostUserFs { .. })),
+            shared_memory: config.shares_memory(),
             room: Room::new(&config),
             vsock_cid: match &config.channel {
                 ChannelKind::Vsock(vsock) => Some(vsock.cid()),

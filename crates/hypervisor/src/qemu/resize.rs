@@ -14,7 +14,7 @@ use tokio::sync::broadcast::Receiver;
 
 use super::{COMMAND, Qemu, UNPLUG};
 use crate::Size;
-use crate::config::{Accelerator, Machine, Share, VmConfig};
+use crate::config::{Accelerator, Machine, VmConfig};
 use crate::error::{HypervisorError, host};
 use crate::qemu::qmp::{Command, Event};
 
@@ -83,7 +83,7 @@ impl Room {
                 vcpus: if pluggable { vcpus.max(now.vcpus) } else { now.vcpus },
             },
             memory: if grows { way } else { Memory::Fixed },
-            shared: matches!(config.share, Some(Share::VhostUserFs { .. })),
+            shared: config.shares_memory(),
         }
     }
 
