@@ -29,7 +29,10 @@ impl Terminal {
         let (mut reader, sink) = (master.try_clone()?, Arc::clone(&seen));
         thread::spawn(move || {
             let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = reader.read(&mut buffer) {
+            // What comes while the other end closes may be there after a first error only.
+            while let Ok(count @ 1..) =
+                reader.read(&mut buffer).or_else(|_| reader.read(&mut buffer))
+            {
                 sink.lock().unwrap_or_else(PoisonError::into_inner).extend(&buffer[..count]);
             }
         });

@@ -200,7 +200,7 @@ enum Source {
 /// One output of a process.
 #[derive(Debug)]
 struct Output {
-    /// None once the host does not want more.
+    /// None once there is no more, or the host does not want it.
     fd: Mutex<Option<Arc<FdIo>>>,
     source: Source,
     /// Read so far, with what is in `backlog`.
@@ -232,11 +232,11 @@ impl Output {
     /// Copies until the last writer is gone, or the host takes no more: then the pipe is
     /// closed and the process learns it by `SIGPIPE`, as at a shell.
     async fn relay(&self, mut stream: Stream) {
-        if self.copy(&mut stream).await.is_ok() {
+        let copied = self.copy(&mut stream).await;
+        self.fd().take();
+        if copied.is_ok() {
             // The host has all; if it is gone, nobody is left to be told.
             let _ = stream.shutdown().await;
-        } else {
-            self.fd().take();
         }
     }
 
@@ -251,6 +251,8 @@ impl Output {
             };
             match count {
                 Some(0) => {
+                    // What another user of the terminal writes from now on is not counted.
+                    self.fd().take();
                     let rest = self.take_backlog();
                     return stream.write_all(&rest).await;
                 }

@@ -42,14 +42,7 @@ impl FdIo {
     /// # Errors
     /// What `read` gives; `EIO` counts as the end.
     pub fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match rustix::io::read(&self.fd, &mut *buffer) {
-                Err(rustix::io::Errno::INTR) => {}
-                // A terminal master whose slave is closed.
-                Err(rustix::io::Errno::IO) => return Ok(0),
-                other => return other.map_err(io::Error::from),
-            }
-        }
+        Ok(read_terminal(&self.fd, buffer)?)
     }
 
     /// Waits until there is something and reads it; 0 is the end.
@@ -89,6 +82,24 @@ impl FdIo {
                 other => return other.map_err(io::Error::from),
             }
         }
+    }
+}
+
+/// Reads once. `EIO`, how a terminal says that its other end is closed, counts as the end
+/// (0) only when it is said twice: Linux looks for input first and for the closed end after,
+/// and what is written and closed in between (`n_tty_read`) is there for the next read only.
+///
+/// # Errors
+/// What `read` gives, without `EINTR`.
+pub fn read_terminal(fd: impl AsFd, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+    use rustix::io::{Errno, read, retry_on_intr};
+    let mut once = || retry_on_intr(|| read(&fd, &mut *buffer));
+    match once() {
+        Err(Errno::IO) => match once() {
+            Err(Errno::IO) => Ok(0),
+            other => other,
+        },
+        other => other,
     }
 }
 

@@ -21,7 +21,7 @@ mod vsock;
 mod wire;
 
 pub use accept::Acceptor;
-pub use fd_io::FdIo;
+pub use fd_io::{FdIo, read_terminal};
 pub use host::{Channel, HostChannel};
 pub use port::{PortError, SerialPort};
 pub use stream::Stream;

@@ -4,6 +4,7 @@
 //! and only carries bytes and the window's size.
 
 use anyhow::{Context, Result};
+use kata_channel::read_terminal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{
@@ -175,11 +176,7 @@ fn carry(from: BorrowedFd<'_>, to: BorrowedFd<'_>) {
 
 /// Copies what there is; whether more may come.
 fn carry_once(from: BorrowedFd<'_>, to: BorrowedFd<'_>, buffer: &mut [u8]) -> bool {
-    // EIO is how a terminal says that its other end is closed.
-    let Ok(length @ 1..) = rustix::io::retry_on_intr(|| rustix::io::read(from, &mut *buffer))
-    else {
-        return false;
-    };
+    let Ok(length @ 1..) = read_terminal(from, &mut *buffer) else { return false };
     let mut rest = &buffer[..length];
     while !rest.is_empty() {
         match rustix::io::retry_on_intr(|| rustix::io::write(to, rest)) {
