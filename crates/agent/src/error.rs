@@ -1,9 +1,10 @@
-//! What can go wrong in a call, and which ttRPC code says it. One place for both.
+//! What can go wrong in a call, and what the host is told of it. One place for both.
 
 use kata_cgroups::CgroupError;
 use kata_oci::SpecError;
-use kata_protocol::{InvalidId, chain, set_exit_code};
-use ttrpc::Code;
+use kata_protocol::agent::{Failure, failure::Code};
+use kata_protocol::call::InvalidCall;
+use kata_protocol::{InvalidId, chain};
 
 use crate::container::ContainerError;
 use crate::storage::StorageError;
@@ -29,6 +30,9 @@ pub enum AgentError {
     /// A bad id.
     #[error(transparent)]
     Id(#[from] InvalidId),
+    /// A message that is none, or is too long.
+    #[error(transparent)]
+    Call(#[from] InvalidCall),
     /// JSON that is none of the specification's.
     #[error(transparent)]
     Spec(#[from] SpecError),
@@ -58,39 +62,43 @@ pub enum AgentError {
 impl AgentError {
     fn code(&self) -> Code {
         match self {
-            Self::NotFound(_) | Self::Finished => Code::NOT_FOUND,
-            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::NotFound(_) | Self::Finished => Code::NotFound,
+            Self::Exists(_) => Code::Exists,
             Self::Precondition(_) | Self::Container(ContainerError::NotRunning(_)) => {
-                Code::FAILED_PRECONDITION
+                Code::Precondition
             }
             Self::Invalid(_)
             | Self::Id(_)
+            | Self::Call(_)
             | Self::Spec(_)
             | Self::Container(
                 ContainerError::Spec(_)
                 | ContainerError::Seccomp(_)
                 | ContainerError::Unsupported(_),
-            ) => Code::INVALID_ARGUMENT,
-            Self::Limit(_) => Code::RESOURCE_EXHAUSTED,
+            ) => Code::Invalid,
+            Self::Limit(_) => Code::Limit,
             // The program is not there or cannot be run: runc's words tell, as with runc.
-            Self::Container(_) => Code::UNKNOWN,
-            Self::GivenUp => Code::CANCELLED,
+            Self::Container(_) => Code::Unknown,
+            Self::GivenUp => Code::GivenUp,
             Self::Cgroup(_) | Self::Storage(_) | Self::Network(_) | Self::System(..) => {
-                Code::INTERNAL
+                Code::Internal
             }
         }
     }
 }
 
-impl From<AgentError> for ttrpc::Error {
+impl From<AgentError> for Failure {
     fn from(error: AgentError) -> Self {
-        let mut status = ttrpc::get_status(error.code(), chain(&error));
-        if let AgentError::Container(error) = &error
-            && let Some(code) = error.exit_code()
-        {
-            set_exit_code(&mut status, code);
+        let exit_code = match &error {
+            AgentError::Container(error) => error.exit_code(),
+            _ => None,
+        };
+        Self {
+            code: error.code().into(),
+            message: chain(&error),
+            exit_code: exit_code.unwrap_or_default().into(),
+            ..Self::default()
         }
-        Self::RpcStatus(status)
     }
 }
 
@@ -100,11 +108,9 @@ mod tests {
 
     #[test]
     fn a_missing_container_is_not_found() {
-        let ttrpc::Error::RpcStatus(status) = AgentError::NotFound("container x".into()).into()
-        else {
-            panic!("no status");
-        };
-        assert_eq!(status.code(), Code::NOT_FOUND);
-        assert_eq!(status.message(), "container x does not exist");
+        let failure = Failure::from(AgentError::NotFound("container x".into()));
+        assert_eq!(failure.code, Code::NotFound.into());
+        assert_eq!(failure.message, "container x does not exist");
+        assert_eq!(failure.exit_code, 0);
     }
 }

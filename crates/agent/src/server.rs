@@ -5,17 +5,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::stream::unfold;
-use kata_channel::{Acceptor, CloseReason, PortError, SerialPort, Stream};
-use kata_protocol::{SERIAL_PORT, StreamKind, VSOCK_PORT, agent_ttrpc};
+use kata_channel::{Acceptor, CloseReason, PortError, SerialPort};
+use kata_protocol::{SERIAL_PORT, StreamKind, VSOCK_PORT};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
-use ttrpc::r#async::Server;
-use ttrpc::r#async::transport::Listener;
 
-use crate::service::{Agent, Service};
-use crate::{forward, uevent};
+use crate::service::Agent;
+use crate::{forward, service, uevent};
 
 /// How long the virtio-serial port may take to show up.
 const PORT_TIME: Duration = Duration::from_secs(10);
@@ -43,9 +39,6 @@ pub enum ServeError {
     /// The given socket is none.
     #[error("cannot use the inherited socket")]
     Socket(#[source] io::Error),
-    /// The ttRPC server.
-    #[error("cannot start the ttRPC server")]
-    Ttrpc(#[source] ttrpc::Error),
 }
 
 /// Serves until the channel ends; a virtio-serial port never does.
@@ -53,29 +46,19 @@ pub enum ServeError {
 /// # Errors
 /// When there is no channel to serve on.
 pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError> {
-    let (calls, accepted) = mpsc::channel::<Stream>(4);
-    let incoming = unfold(accepted, |mut accepted| async move {
-        let stream = accepted.recv().await?;
-        Some((Ok::<_, io::Error>(stream), accepted))
-    });
-    let service = Arc::new(Service(Arc::clone(&agent)));
-    let mut server = Server::new()
-        .register_service(agent_ttrpc::create_agent(service))
-        .add_listener(Listener::new(incoming));
-    server.start().await.map_err(ServeError::Ttrpc)?;
     match carrier {
         Carrier::Serial => loop {
             let port = port().await?;
             tracing::debug!("virtio-serial port is open");
             let connection = port.connection().await?;
             tracing::debug!("the host has its end of the port open");
-            let reason = session(&agent, Acceptor::multiplexed(connection), &calls).await;
+            let reason = session(&agent, Acceptor::multiplexed(connection)).await;
             tracing::info!(%reason, "channel closed");
         },
         Carrier::Vsock => {
             let address = VsockAddr::new(VMADDR_CID_ANY, VSOCK_PORT);
             let listener = VsockListener::bind(address).map_err(ServeError::Vsock)?;
-            let reason = session(&agent, Acceptor::vsock(listener), &calls).await;
+            let reason = session(&agent, Acceptor::vsock(listener)).await;
             tracing::error!(%reason, "channel closed");
         }
         Carrier::Socket(socket) => {
@@ -84,7 +67,7 @@ pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError
                 .set_nonblocking(true)
                 .and_then(|()| UnixStream::from_std(socket))
                 .map_err(ServeError::Socket)?;
-            let reason = session(&agent, Acceptor::multiplexed(socket), &calls).await;
+            let reason = session(&agent, Acceptor::multiplexed(socket)).await;
             tracing::debug!(%reason, "channel closed");
         }
     }
@@ -92,11 +75,7 @@ pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError
 }
 
 /// Hands the streams of one connection to where they belong.
-async fn session(
-    agent: &Agent,
-    mut acceptor: Acceptor,
-    calls: &mpsc::Sender<Stream>,
-) -> CloseReason {
+async fn session(agent: &Arc<Agent>, mut acceptor: Acceptor) -> CloseReason {
     let reason = loop {
         let (header, stream) = match acceptor.accept().await {
             Ok(accepted) => accepted,
@@ -104,8 +83,8 @@ async fn session(
         };
         tracing::debug!(kind = ?header.kind, "stream accepted");
         match header.kind {
-            // The server takes streams as long as the agent lives.
-            StreamKind::Rpc => drop(calls.send(stream).await),
+            // Done to the end, also when the channel is lost on the way.
+            StreamKind::Rpc => drop(tokio::spawn(service::serve(Arc::clone(agent), stream))),
             StreamKind::Dns => agent.networking.dns_stream(stream),
             StreamKind::Forward => forward::accept(stream),
             StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr => {

@@ -4,16 +4,17 @@ use std::collections::HashMap;
 use std::fs;
 use std::sync::Arc;
 
-use async_trait::async_trait;
+use kata_channel::{CallError, Stream};
 use kata_protocol::agent::{
     self, ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, Empty, Event,
     ExecRequest, GrowRequest, ListProcessesResponse, Network, OomEvent, ProcessId, ProcessInfo,
     ProcessStarted, ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse,
     UpdateRequest, WaitResponse,
 };
-use kata_protocol::{Id, VERSION};
+use kata_protocol::call::{self, Call, InvalidCall, Method};
+use kata_protocol::{Id, VERSION, chain};
+use protobuf::Message as _;
 use tokio::sync::mpsc;
-use ttrpc::r#async::TtrpcContext;
 
 use crate::container::Builder;
 use crate::containers::Containers;
@@ -113,14 +114,22 @@ impl Agent {
         })
     }
 
-    async fn create(&self, mut request: CreateContainerRequest) -> Result<i32, AgentError> {
+    async fn create(
+        &self,
+        mut request: CreateContainerRequest,
+    ) -> Result<ProcessStarted, AgentError> {
         self.configure(request.network.take().as_ref()).await?;
-        self.containers.create(request).await
+        self.containers.create(request).await.map(started)
     }
 
     async fn start(&self, request: StartContainerRequest) -> Result<Empty, AgentError> {
         self.configure(request.network.as_ref()).await?;
         self.containers.start(&request.container_id.parse()?).await?;
+        Ok(Empty::default())
+    }
+
+    async fn network(&self, network: &Network) -> Result<Empty, AgentError> {
+        self.configure(Some(network)).await?;
         Ok(Empty::default())
     }
 
@@ -131,11 +140,19 @@ impl Agent {
         }
     }
 
+    async fn exec(&self, request: ExecRequest) -> Result<ProcessStarted, AgentError> {
+        self.containers.exec(request).await.map(started)
+    }
+
     fn process(&self, container: &str, exec: &str) -> Result<Arc<Process>, AgentError> {
         self.containers.get(&container.parse()?)?.process(exec_id(exec)?.as_ref())
     }
 
-    async fn signal(&self, request: SignalRequest) -> Result<Empty, AgentError> {
+    async fn wait(&self, request: &ProcessId) -> Result<WaitResponse, AgentError> {
+        self.process(&request.container_id, &request.exec_id)?.wait().await
+    }
+
+    fn signal(&self, request: &SignalRequest) -> Result<Empty, AgentError> {
         let signal = i32::try_from(request.signal)
             .map_err(|_| AgentError::Invalid(format!("signal {} is none", request.signal)))?;
         if request.all {
@@ -158,7 +175,7 @@ impl Agent {
         }
     }
 
-    async fn delete(&self, request: ProcessId) -> Result<Empty, AgentError> {
+    async fn delete(&self, request: &ProcessId) -> Result<Empty, AgentError> {
         let exec = exec_id(&request.exec_id)?;
         self.containers.delete(&request.container_id.parse()?, exec.as_ref()).await?;
         Ok(Empty::default())
@@ -203,13 +220,30 @@ impl Agent {
         Ok(Empty::default())
     }
 
-    async fn freeze(&self, request: ContainerId, freeze: bool) -> Result<Empty, AgentError> {
+    async fn freeze(&self, request: &ContainerId, freeze: bool) -> Result<Empty, AgentError> {
         let container = self.containers.get(&request.container_id.parse()?)?;
         let cgroup = container.cgroup()?.clone();
         // Waits until every process has stopped.
         tokio::task::spawn_blocking(move || if freeze { cgroup.freeze() } else { cgroup.thaw() })
             .await
             .map_err(|_| AgentError::GivenUp)??;
+        Ok(Empty::default())
+    }
+
+    async fn grow(&self, request: &GrowRequest) -> Result<Empty, AgentError> {
+        let (cpus, mib) = (request.online_cpus, request.kept_back_mib);
+        let grow = move || {
+            machine::online_cpus(cpus);
+            match mib {
+                0 => Ok(()),
+                mib => memory::use_kept_back(mib),
+            }
+        };
+        if self.role == Role::Guest {
+            let grown = tokio::task::spawn_blocking(grow).await;
+            let grown = grown.map_err(|_| AgentError::GivenUp)?;
+            grown.map_err(|error| AgentError::System("use more of the memory", error))?;
+        }
         Ok(Empty::default())
     }
 
@@ -225,6 +259,15 @@ fn exec_id(text: &str) -> Result<Option<Id>, AgentError> {
     Ok(if text.is_empty() { None } else { Some(text.parse()?) })
 }
 
+async fn sync() -> Result<Empty, AgentError> {
+    let written = tokio::task::spawn_blocking(rustix::fs::sync).await;
+    written.map(|()| Empty::default()).map_err(|_| AgentError::GivenUp)
+}
+
+fn started(pid: i32) -> ProcessStarted {
+    ProcessStarted { guest_pid: pid.cast_unsigned(), ..ProcessStarted::default() }
+}
+
 fn command_line(pid: i32) -> Vec<String> {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
@@ -237,124 +280,60 @@ fn command_line(pid: i32) -> Vec<String> {
     words
 }
 
-/// The agent as ttRPC sees it.
-pub struct Service(pub Arc<Agent>);
-
-impl Service {
-    /// Does to the end what must not stop half-way when the connection is lost.
-    async fn whole<T, F>(&self, work: impl FnOnce(Arc<Agent>) -> F) -> ttrpc::Result<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, AgentError>> + Send + 'static,
-    {
-        let work = work(Arc::clone(&self.0));
-        Ok(tokio::spawn(work).await.unwrap_or(Err(AgentError::GivenUp))?)
+/// Takes the call that a stream was opened for, does it, and answers. A task of its own: what
+/// was begun is not left half-way when nobody waits for the answer any more.
+pub async fn serve(agent: Arc<Agent>, mut stream: Stream) {
+    let done = match stream.receive_call().await {
+        Ok(Some((method, request))) => agent.call(method, &request).await,
+        Ok(None) => return,
+        Err(CallError::Invalid(error)) => Err(error.into()),
+        Err(error) => return tracing::debug!(%error, "a call did not arrive"),
+    };
+    let answer = done.or_else(|error| call::failure(&error.into()));
+    let sent = match answer {
+        Ok(answer) => stream.answer_call(&answer).await,
+        Err(error) => return tracing::error!(error = %chain(&error), "a call has no answer"),
+    };
+    if let Err(error) = sent {
+        tracing::debug!(%error, "nobody waits for the answer of a call");
     }
 }
 
-fn started(pid: i32) -> ProcessStarted {
-    ProcessStarted { guest_pid: pid.cast_unsigned(), ..ProcessStarted::default() }
-}
-
-type Context<'a> = &'a TtrpcContext;
-
-#[async_trait]
-impl kata_protocol::agent_ttrpc::Agent for Service {
-    async fn connect(&self, _: Context<'_>, r: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        self.whole(|agent| async move { agent.connect(r).await }).await
-    }
-
-    async fn create_container(
-        &self,
-        _: Context<'_>,
-        r: CreateContainerRequest,
-    ) -> ttrpc::Result<ProcessStarted> {
-        self.whole(|agent| async move { agent.create(r).await.map(started) }).await
-    }
-
-    async fn start_container(
-        &self,
-        _: Context<'_>,
-        r: StartContainerRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.whole(|agent| async move { agent.start(r).await }).await
-    }
-
-    async fn exec(&self, _: Context<'_>, r: ExecRequest) -> ttrpc::Result<ProcessStarted> {
-        self.whole(|agent| async move { agent.containers.exec(r).await.map(started) }).await
-    }
-
-    async fn wait(&self, _: Context<'_>, r: ProcessId) -> ttrpc::Result<WaitResponse> {
-        Ok(self.0.process(&r.container_id, &r.exec_id)?.wait().await?)
-    }
-
-    async fn signal(&self, _: Context<'_>, r: SignalRequest) -> ttrpc::Result<Empty> {
-        Ok(self.0.signal(r).await?)
-    }
-
-    async fn resize_terminal(
-        &self,
-        _: Context<'_>,
-        r: ResizeTerminalRequest,
-    ) -> ttrpc::Result<Empty> {
-        Ok(self.0.resize(&r)?)
-    }
-
-    async fn delete_process(&self, _: Context<'_>, r: ProcessId) -> ttrpc::Result<Empty> {
-        self.whole(|agent| async move { agent.delete(r).await }).await
-    }
-
-    async fn list_processes(
-        &self,
-        _: Context<'_>,
-        r: ContainerId,
-    ) -> ttrpc::Result<ListProcessesResponse> {
-        Ok(self.0.list(&r)?)
-    }
-
-    async fn stats(&self, _: Context<'_>, r: ContainerId) -> ttrpc::Result<StatsResponse> {
-        Ok(self.0.stats(&r)?)
-    }
-
-    async fn update(&self, _: Context<'_>, r: UpdateRequest) -> ttrpc::Result<Empty> {
-        Ok(self.0.update(&r)?)
-    }
-
-    async fn pause(&self, _: Context<'_>, r: ContainerId) -> ttrpc::Result<Empty> {
-        self.whole(|agent| async move { agent.freeze(r, true).await }).await
-    }
-
-    async fn resume(&self, _: Context<'_>, r: ContainerId) -> ttrpc::Result<Empty> {
-        self.whole(|agent| async move { agent.freeze(r, false).await }).await
-    }
-
-    async fn configure_network(&self, _: Context<'_>, r: Network) -> ttrpc::Result<Empty> {
-        self.whole(|agent| async move { agent.configure(Some(&r)).await }).await?;
-        Ok(Empty::default())
-    }
-
-    async fn next_event(&self, _: Context<'_>, _: Empty) -> ttrpc::Result<Event> {
-        Ok(self.0.next_event().await?)
-    }
-
-    async fn grow(&self, _: Context<'_>, r: GrowRequest) -> ttrpc::Result<Empty> {
-        let grow = move || {
-            machine::online_cpus(r.online_cpus);
-            match r.kept_back_mib {
-                0 => Ok(()),
-                mib => memory::use_kept_back(mib),
-            }
-        };
-        if self.0.role == Role::Guest {
-            let grown = tokio::task::spawn_blocking(grow).await;
-            let grown = grown.map_err(|_| AgentError::GivenUp)?;
-            grown.map_err(|error| AgentError::System("use more of the memory", error))?;
+impl Agent {
+    /// Does a call; the bytes of its answer.
+    async fn call(&self, method: Method, request: &[u8]) -> Result<Vec<u8>, AgentError> {
+        macro_rules! answer {
+            ($call:ident, $request:ident => $act:expr) => {
+                answer::<call::$call>(request, async |$request| $act).await
+            };
         }
-        Ok(Empty::default())
+        match method {
+            Method::Connect => answer!(Connect, r => self.connect(r).await),
+            Method::CreateContainer => answer!(CreateContainer, r => self.create(r).await),
+            Method::StartContainer => answer!(StartContainer, r => self.start(r).await),
+            Method::Exec => answer!(Exec, r => self.exec(r).await),
+            Method::Wait => answer!(Wait, r => self.wait(&r).await),
+            Method::Signal => answer!(Signal, r => self.signal(&r)),
+            Method::ResizeTerminal => answer!(ResizeTerminal, r => self.resize(&r)),
+            Method::DeleteProcess => answer!(DeleteProcess, r => self.delete(&r).await),
+            Method::ListProcesses => answer!(ListProcesses, r => self.list(&r)),
+            Method::Stats => answer!(Stats, r => self.stats(&r)),
+            Method::Update => answer!(Update, r => self.update(&r)),
+            Method::Pause => answer!(Pause, r => self.freeze(&r, true).await),
+            Method::Resume => answer!(Resume, r => self.freeze(&r, false).await),
+            Method::Grow => answer!(Grow, r => self.grow(&r).await),
+            Method::ConfigureNetwork => answer!(ConfigureNetwork, r => self.network(&r).await),
+            Method::NextEvent => answer!(NextEvent, _r => self.next_event().await),
+            Method::Sync => answer!(Sync, _r => sync().await),
+        }
     }
+}
 
-    async fn sync(&self, _: Context<'_>, _: Empty) -> ttrpc::Result<Empty> {
-        let written = tokio::task::spawn_blocking(rustix::fs::sync).await;
-        Ok(written.map(|()| Empty::default()).map_err(|_| AgentError::GivenUp)?)
-    }
+/// Parses a request, acts, and encodes the answer.
+async fn answer<C: Call>(
+    request: &[u8],
+    act: impl AsyncFnOnce(C::Request) -> Result<C::Answer, AgentError>,
+) -> Result<Vec<u8>, AgentError> {
+    let request = C::Request::parse_from_bytes(request).map_err(InvalidCall::from)?;
+    Ok(call::answer::<C>(&act(request).await?)?)
 }

@@ -7,15 +7,17 @@ mod host;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use host::{Agent, all, container, output, patience, process_id, take, terminal};
-use kata_protocol::agent::{Empty, UpdateRequest};
+use host::{Agent, all, container, output, process_id, take, terminal};
+use kata_channel::CallError;
+use kata_protocol::agent::{Empty, UpdateRequest, failure::Code};
+use kata_protocol::call;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-fn code(error: ttrpc::Error) -> (ttrpc::Code, String) {
+fn code(error: CallError) -> (Code, String) {
     match error {
-        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
-        other => panic!("no status: {other}"),
+        CallError::Failed(failure) => (failure.code.enum_value().unwrap(), failure.message),
+        other => panic!("not the agent's own: {other}"),
     }
 }
 
@@ -27,9 +29,9 @@ async fn connect_answers_with_versions_and_refuses_another() {
     assert!(answer.ready_ns >= answer.init_ns && answer.init_ns > 0);
     let request =
         kata_protocol::agent::ConnectRequest { protocol_version: 99, ..Default::default() };
-    let error = agent.calls.connect(patience(), &request).await.unwrap_err();
+    let error = agent.try_call::<call::Connect>(&request).await.unwrap_err();
     let (code, text) = code(error);
-    assert_eq!(code, ttrpc::Code::FAILED_PRECONDITION);
+    assert_eq!(code, Code::Precondition);
     assert!(text.contains("99"), "{text}");
 }
 
@@ -49,8 +51,8 @@ async fn a_container_echoes_and_its_exit_code_and_bytes_are_told() {
     // Remembered until deleted.
     assert_eq!(agent.wait("c", "").await.exit_code, 7);
     agent.delete("c", "").await;
-    let error = agent.calls.wait(patience(), &process_id("c", "")).await.unwrap_err();
-    assert_eq!(code(error).0, ttrpc::Code::NOT_FOUND);
+    let error = agent.try_call::<call::Wait>(&process_id("c", "")).await.unwrap_err();
+    assert_eq!(code(error).0, Code::NotFound);
 }
 
 #[tokio::test]
@@ -191,15 +193,15 @@ async fn signals_end_processes_and_then_find_none() {
     agent.signal("c", "e", 15, false).await.unwrap();
     assert_eq!(agent.wait("c", "e").await.exit_code, 143);
     let (status, text) = code(agent.signal("c", "e", 15, false).await.unwrap_err());
-    assert_eq!((status, text.as_str()), (ttrpc::Code::NOT_FOUND, "process already finished"));
+    assert_eq!((status, text.as_str()), (Code::NotFound, "process already finished"));
     let (status, _) = code(agent.signal("c", "", 99, false).await.unwrap_err());
-    assert_eq!(status, ttrpc::Code::INVALID_ARGUMENT);
+    assert_eq!(status, Code::Invalid);
     agent.exec("c", "e2", &["sleep", "1000"], output()).await;
     agent.signal("c", "", 9, true).await.unwrap();
     assert_eq!(agent.wait("c", "").await.exit_code, 137);
     assert_eq!(agent.wait("c", "e2").await.exit_code, 137);
     let error = agent.try_exec("c", "e3", &["true"], output()).await.err().unwrap();
-    assert_eq!(code(error).0, ttrpc::Code::FAILED_PRECONDITION);
+    assert_eq!(code(error).0, Code::Precondition);
 }
 
 #[tokio::test]
@@ -212,9 +214,9 @@ async fn what_cannot_run_is_told_and_leaves_nothing() {
     // The id is free again.
     agent.exec("c", "e", &["true"], output()).await;
     let error = agent.try_exec("c", "e", &["true"], output()).await.err().unwrap();
-    assert_eq!(code(error).0, ttrpc::Code::ALREADY_EXISTS);
+    assert_eq!(code(error).0, Code::Exists);
     let error = agent.try_exec("no", "e", &["true"], output()).await.err().unwrap();
-    assert_eq!(code(error).0, ttrpc::Code::NOT_FOUND);
+    assert_eq!(code(error).0, Code::NotFound);
 }
 
 #[tokio::test]
@@ -239,7 +241,7 @@ async fn processes_are_listed_counted_frozen_and_limited() {
     agent.exec("c", "e", &["sleep", "500"], output()).await;
     let wanted = async {
         loop {
-            let list = agent.calls.list_processes(patience(), &container("c")).await.unwrap();
+            let list = agent.call::<call::ListProcesses>(&container("c")).await;
             let mut seen: Vec<_> = list
                 .processes
                 .iter()
@@ -255,23 +257,23 @@ async fn processes_are_listed_counted_frozen_and_limited() {
     let seen = timeout(Duration::from_secs(10), wanted).await.unwrap();
     assert_eq!(seen[0], (false, String::new(), "sleep 1000".to_owned()));
     assert_eq!(seen[2], (true, "e".to_owned(), "sleep 500".to_owned()));
-    let stats = agent.calls.stats(patience(), &container("c")).await.unwrap();
+    let stats = agent.call::<call::Stats>(&container("c")).await;
     assert_eq!(stats.pids.current, 3);
     let update = UpdateRequest {
         container_id: "c".into(),
         resources: br#"{"pids":{"limit":77}}"#.to_vec(),
         ..UpdateRequest::default()
     };
-    agent.calls.update(patience(), &update).await.unwrap();
-    let stats = agent.calls.stats(patience(), &container("c")).await.unwrap();
+    agent.call::<call::Update>(&update).await;
+    let stats = agent.call::<call::Stats>(&container("c")).await;
     assert_eq!(stats.pids.limit, 77);
-    agent.calls.pause(patience(), &container("c")).await.unwrap();
+    agent.call::<call::Pause>(&container("c")).await;
     let error = agent.try_exec("c", "e2", &["true"], output()).await.err().unwrap();
     assert!(code(error).1.contains("paused"));
-    agent.calls.resume(patience(), &container("c")).await.unwrap();
+    agent.call::<call::Resume>(&container("c")).await;
     agent.exec("c", "e2", &["true"], output()).await;
     assert_eq!(agent.wait("c", "e2").await.exit_code, 0);
-    agent.calls.sync(patience(), &Empty::default()).await.unwrap();
+    agent.call::<call::Sync>(&Empty::default()).await;
     agent.delete("c", "").await;
 }
 

@@ -14,12 +14,12 @@ use crate::{ChannelError, CloseReason, Stream};
 /// A way to open streams to the agent; one implementation per carrier.
 #[async_trait]
 pub trait Channel: Send + Sync {
-    /// Opens a stream and sends its header. May return before the guest has booted; what is
-    /// written then waits for it.
+    /// Opens a stream and sends its header with the first bytes behind it, as one piece. May
+    /// return before the guest has booted; what is written then waits for it.
     ///
     /// # Errors
     /// When the channel is over or full.
-    async fn open(&self, header: &StreamHeader) -> Result<Stream, ChannelError>;
+    async fn open(&self, header: &StreamHeader, first: &[u8]) -> Result<Stream, ChannelError>;
 
     /// Waits for the end of the channel.
     async fn closed(&self) -> CloseReason;
@@ -49,12 +49,24 @@ impl HostChannel {
         Self { carrier: Arc::new(VsockChannel::new(cid)) }
     }
 
-    /// See [`Channel::open`].
+    /// See [`Channel::open`]; nothing is sent behind the header.
     ///
     /// # Errors
     /// When the channel is over or full.
     pub async fn open(&self, header: &StreamHeader) -> Result<Stream, ChannelError> {
-        self.carrier.open(header).await
+        self.open_with(header, &[]).await
+    }
+
+    /// See [`Channel::open`].
+    ///
+    /// # Errors
+    /// When the channel is over or full.
+    pub async fn open_with(
+        &self,
+        header: &StreamHeader,
+        first: &[u8],
+    ) -> Result<Stream, ChannelError> {
+        self.carrier.open(header, first).await
     }
 
     /// See [`Channel::closed`].
@@ -65,9 +77,9 @@ impl HostChannel {
 
 #[async_trait]
 impl Channel for Mux {
-    async fn open(&self, header: &StreamHeader) -> Result<Stream, ChannelError> {
+    async fn open(&self, header: &StreamHeader, first: &[u8]) -> Result<Stream, ChannelError> {
         let mut stream = Mux::open(self).await?;
-        send_header(&mut stream, header).await?;
+        send_first(&mut stream, header, first).await?;
         Ok(stream)
     }
 
@@ -76,12 +88,15 @@ impl Channel for Mux {
     }
 }
 
-pub(crate) async fn send_header(
+pub(crate) async fn send_first(
     stream: &mut Stream,
     header: &StreamHeader,
+    first: &[u8],
 ) -> Result<(), ChannelError> {
+    let mut bytes = header.encode();
+    bytes.extend_from_slice(first);
     stream
-        .write_all(&header.encode())
+        .write_all(&bytes)
         .await
         .map_err(|error| ChannelError::Header(header.kind, Arc::new(error)))
 }

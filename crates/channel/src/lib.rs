@@ -5,13 +5,15 @@
 //! multiplexed by yamux with a window per stream, so that a reader that stops stops only its
 //! own stream, and memory on both sides is bounded. On **vsock** each stream is a connection.
 //!
-//! Start at [`HostChannel`] (the host's end) and [`Acceptor`] (the guest's). [`FdIo`] makes any
+//! Start at [`HostChannel`] (the host's end; [`HostChannel::call`] makes a call of the agent) and
+//! [`Acceptor`] (the guest's). [`FdIo`] makes any
 //! pollable descriptor an async stream without tokio's trap of giving up after a short read.
 //!
 //! The host does not trust the guest: streams that the guest opens are reset, windows and the
 //! number of streams are bounded, and a broken protocol ends the channel with a reason.
 
 mod accept;
+mod call;
 mod fd_io;
 mod host;
 mod mux;
@@ -21,6 +23,7 @@ mod vsock;
 mod wire;
 
 pub use accept::Acceptor;
+pub use call::CallError;
 pub use fd_io::{FdIo, read_terminal};
 pub use host::{Channel, HostChannel};
 pub use port::{PortError, SerialPort};
@@ -39,8 +42,8 @@ pub enum ChannelError {
     /// The limit of open streams is reached.
     #[error("agent channel carries {0} streams already; close some first")]
     TooManyStreams(usize),
-    /// The header could not be sent.
-    #[error("cannot send the header of a {0:?} stream")]
+    /// The header, or what goes with it, could not be sent.
+    #[error("cannot open a {0:?} stream")]
     Header(kata_protocol::StreamKind, #[source] std::sync::Arc<io::Error>),
     /// No connection over vsock.
     #[error("cannot connect to the agent at vsock {0}:{1}")]

@@ -11,7 +11,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use crate::host::{Channel, send_header};
+use crate::host::{Channel, send_first};
 use crate::{ChannelError, CloseReason, Stream};
 
 /// Between two attempts while the guest does not listen yet. The kernel has no event for it.
@@ -40,12 +40,17 @@ impl VsockChannel {
     }
 
     /// A stream that can be written to at once, and is connected when the guest is there.
-    fn open_early(&self, header: StreamHeader, permit: OwnedSemaphorePermit) -> Stream {
+    fn open_early(
+        &self,
+        header: StreamHeader,
+        first: Vec<u8>,
+        permit: OwnedSemaphorePermit,
+    ) -> Stream {
         let (ours, mut theirs) = tokio::io::duplex(EARLY);
         let (cid, up, mut alive) = (self.cid, Arc::clone(&self.up), self.alive.subscribe());
         tokio::spawn(async move {
             let connected = tokio::select! {
-                connected = connect(cid, &header, permit) => connected,
+                connected = connect(cid, &header, &first, permit) => connected,
                 _ = alive.changed() => return,
             };
             match connected {
@@ -66,6 +71,7 @@ impl VsockChannel {
 async fn connect(
     cid: u32,
     header: &StreamHeader,
+    first: &[u8],
     permit: OwnedSemaphorePermit,
 ) -> Result<Stream, ChannelError> {
     let connection = loop {
@@ -76,7 +82,7 @@ async fn connect(
         }
     };
     let mut stream = Stream::vsock(connection, permit);
-    send_header(&mut stream, header).await?;
+    send_first(&mut stream, header, first).await?;
     Ok(stream)
 }
 
@@ -90,19 +96,19 @@ fn not_yet(error: &io::Error) -> bool {
 
 #[async_trait]
 impl Channel for VsockChannel {
-    async fn open(&self, header: &StreamHeader) -> Result<Stream, ChannelError> {
+    async fn open(&self, header: &StreamHeader, first: &[u8]) -> Result<Stream, ChannelError> {
         let permit = Arc::clone(&self.streams)
             .try_acquire_owned()
             .map_err(|_| ChannelError::TooManyStreams(limits::STREAMS))?;
         if !self.up.load(Ordering::Relaxed) {
-            return Ok(self.open_early(header.clone(), permit));
+            return Ok(self.open_early(header.clone(), first.to_vec(), permit));
         }
-        connect(self.cid, header, permit).await
+        connect(self.cid, header, first, permit).await
     }
 
     /// A connection of its own, on which nothing is said, ends with the guest.
     async fn closed(&self) -> CloseReason {
-        let mut life_line = match self.open(&StreamHeader::rpc()).await {
+        let mut life_line = match self.open(&StreamHeader::rpc(), &[]).await {
             Ok(stream) => stream,
             Err(error) => return CloseReason::Io(error.to_string()),
         };

@@ -93,7 +93,7 @@ impl Server {
                 anyhow!("the server of sandbox {} does not answer", self.sandbox)
             }
             ttrpc::Error::RpcStatus(status) => {
-                let exit = kata_protocol::exit_code(&status);
+                let exit = kata_sandbox::exit_code(&status);
                 Refused { message: status.message, exit }.into()
             }
             other => match last_line(&SandboxDir::of(&self.sandbox)) {

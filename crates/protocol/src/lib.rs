@@ -1,25 +1,24 @@
 //! The contract between the host's sandbox server and the guest's agent.
 //!
-//! Start with `proto/agent.proto`: one ttRPC call per engine request. Beside the calls
-//! there are byte streams (process input and output, the DNS relay); each opens with a
-//! [`StreamHeader`]. Both ends check every length and id against [`limits`].
+//! Start with [`call`]: one call per engine request, and `proto/agent.proto` for what they
+//! carry. Beside the calls there are byte streams (process input and output, the DNS relay).
+//! Everything opens with a [`StreamHeader`]. Both ends check every length and id against [`limits`].
 //!
 //! Nothing here trusts the other side: the header's decoder is fuzzed, ids are parsed
 //! into [`Id`] before they name anything.
 
+pub mod call;
 mod causes;
-mod exit;
 mod id;
 pub mod stats;
 mod stream;
 
 pub use causes::chain;
-pub use exit::{exit_code, set_exit_code};
 pub use id::{Id, InvalidId};
 pub use stream::{InvalidHeader, StreamHeader, StreamKind};
 
 /// Version of this protocol. Both sides send theirs at `Connect`; they must be equal.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Name of the virtio-serial port that carries the channel.
 pub const SERIAL_PORT: &str = "kata.agent.0";
@@ -45,7 +44,7 @@ pub const SHARED_PID_NAMESPACE: &str = "/run/kata-containers/pod/pid-namespace";
 
 /// Bounds that both sides enforce on what the other sends.
 pub mod limits {
-    /// Longest message of one call, bytes (ttRPC's own limit is 4 MiB).
+    /// Longest message of one call, bytes: an engine's request to us is not longer (ttRPC).
     pub const MESSAGE: usize = 4 << 20;
     /// Containers in one sandbox.
     pub const CONTAINERS: usize = 512;
@@ -57,26 +56,15 @@ pub mod limits {
     pub const INTERFACES: usize = 32;
 }
 
-pub use generated::{agent, agent_ttrpc};
-
+/// The messages of `agent.proto`.
 #[allow(
     missing_docs,
     clippy::all,
-    clippy::unwrap_used,
-    clippy::expect_used,
+    clippy::pedantic,
     unused,
     non_snake_case,
     non_upper_case_globals
 )]
-mod generated {
-    /// The messages of `agent.proto`.
-    pub mod agent {
-        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
-    }
-
-    /// The ttRPC client and server of `agent.proto`.
-    pub mod agent_ttrpc {
-        use super::agent;
-        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
-    }
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/messages.rs"));
 }

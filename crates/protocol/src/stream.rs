@@ -11,7 +11,7 @@ const MAGIC: [u8; 2] = *b"KS";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum StreamKind {
-    /// ttRPC calls of the agent service. Names no container.
+    /// One call of the agent, see [`call`](crate::call). Names no container.
     Rpc = 0,
     /// Bytes to a process (or its terminal); closing it closes the process's input.
     Stdin = 1,
@@ -64,7 +64,7 @@ impl StreamHeader {
     /// Longest encoded header, bytes.
     pub const MAX: usize = 2 + 1 + 2 * (1 + crate::id::MAX);
 
-    /// The stream of the calls.
+    /// The stream of one call.
     pub fn rpc() -> Self {
         Self { kind: StreamKind::Rpc, container: None, exec: None }
     }

@@ -2,11 +2,12 @@
 
 use crate::SandboxError;
 use crate::container::Bundle;
-use kata_channel::Stream;
-use kata_protocol::{Id, VERSION, agent as message, agent_ttrpc::AgentClient};
+use kata_channel::{CallError, HostChannel};
+use kata_protocol::agent::{Failure, failure};
+use kata_protocol::call::{self, Call};
+use kata_protocol::{Id, VERSION, agent as message, chain};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use ttrpc::asynchronous::{Client, transport::Socket};
-use ttrpc::context::{self, Context};
+use ttrpc::Code;
 
 /// How long the guest may take to answer an ordinary call. Every death on the way (VMM,
 /// devices process, channel) ends a call at once; this is for a guest that lives and is silent.
@@ -78,15 +79,37 @@ pub(crate) struct NewContainer<'a> {
     pub network: Option<message::Network>,
 }
 
-/// A connection to the agent.
+/// The agent at the other end of a channel.
 #[derive(Clone)]
 pub(crate) struct Agent {
-    client: AgentClient,
+    channel: HostChannel,
 }
 
 impl Agent {
-    pub(crate) fn new(stream: Stream) -> Self {
-        Self { client: AgentClient::new(Client::new(Socket::new(stream))) }
+    pub(crate) fn new(channel: HostChannel) -> Self {
+        Self { channel }
+    }
+
+    /// An ordinary call.
+    async fn call<C: Call>(&self, request: &C::Request) -> Result<C::Answer, SandboxError> {
+        self.call_for::<C>(PATIENCE, request).await
+    }
+
+    async fn call_for<C: Call>(
+        &self,
+        patience: Duration,
+        request: &C::Request,
+    ) -> Result<C::Answer, SandboxError> {
+        let call = tokio::time::timeout(patience, self.call_for_ever::<C>(request));
+        call.await.unwrap_or(Err(SandboxError::Late))
+    }
+
+    /// A call that waits for something to happen.
+    async fn call_for_ever<C: Call>(
+        &self,
+        request: &C::Request,
+    ) -> Result<C::Answer, SandboxError> {
+        self.channel.call::<C>(request).await.map_err(failed)
     }
 
     /// Makes the guest this sandbox. The guest may still be booting: this waits for it.
@@ -110,7 +133,7 @@ impl Agent {
             template: hello.template,
             ..Default::default()
         };
-        let answer = self.client.connect(context_of(patience), &request).await.map_err(failed)?;
+        let answer = self.call_for::<call::Connect>(patience, &request).await?;
         if answer.protocol_version != VERSION {
             return Err(SandboxError::Version { guest: answer.protocol_version, host: VERSION });
         }
@@ -139,7 +162,7 @@ impl Agent {
             shared_storages: bundle.plan.shared_storages.clone(),
             ..Default::default()
         };
-        self.client.create_container(context_of(patience), &request).await.map_err(failed)?;
+        self.call_for::<call::CreateContainer>(patience, &request).await?;
         Ok(())
     }
 
@@ -163,7 +186,7 @@ impl Agent {
             storages: vec![root],
             ..Default::default()
         };
-        match self.client.create_container(patience(), &request).await.map_err(failed) {
+        match self.call::<call::CreateContainer>(&request).await {
             Ok(_) => self.delete(&ProcessRef { container: NAME.parse()?, exec: None }).await,
             Err(SandboxError::Agent { exit: Some(_), .. }) => Ok(()),
             Err(error) => Err(error),
@@ -180,7 +203,7 @@ impl Agent {
             network: network.into(),
             ..Default::default()
         };
-        self.client.start_container(patience(), &request).await.map_err(failed)?;
+        self.call::<call::StartContainer>(&request).await?;
         Ok(())
     }
 
@@ -197,14 +220,13 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        self.client.exec(patience(), &request).await.map_err(failed)?;
+        self.call::<call::Exec>(&request).await?;
         Ok(())
     }
 
     /// Waits for the end of a process, however long that takes.
     pub(crate) async fn wait(&self, process: &ProcessRef) -> Result<Ended, SandboxError> {
-        let answer =
-            self.client.wait(context::with_timeout(0), &process.message()).await.map_err(failed)?;
+        let answer = self.call_for_ever::<call::Wait>(&process.message()).await?;
         Ok(Ended {
             // A guest may say anything; an engine knows 0 to 255.
             code: u8::try_from(answer.exit_code).unwrap_or(u8::MAX),
@@ -227,7 +249,7 @@ impl Agent {
             all,
             ..Default::default()
         };
-        self.client.signal(patience(), &request).await.map_err(failed)?;
+        self.call::<call::Signal>(&request).await?;
         Ok(())
     }
 
@@ -244,12 +266,12 @@ impl Agent {
             columns,
             ..Default::default()
         };
-        self.client.resize_terminal(patience(), &request).await.map_err(failed)?;
+        self.call::<call::ResizeTerminal>(&request).await?;
         Ok(())
     }
 
     pub(crate) async fn delete(&self, process: &ProcessRef) -> Result<(), SandboxError> {
-        self.client.delete_process(patience(), &process.message()).await.map_err(failed)?;
+        self.call::<call::DeleteProcess>(&process.message()).await?;
         Ok(())
     }
 
@@ -257,7 +279,7 @@ impl Agent {
         &self,
         container: &Id,
     ) -> Result<message::StatsResponse, SandboxError> {
-        self.client.stats(patience(), &of(container)).await.map_err(failed)
+        self.call::<call::Stats>(&of(container)).await
     }
 
     pub(crate) async fn update(
@@ -270,7 +292,7 @@ impl Agent {
             resources,
             ..Default::default()
         };
-        self.client.update(patience(), &request).await.map_err(failed)?;
+        self.call::<call::Update>(&request).await?;
         Ok(())
     }
 
@@ -278,17 +300,17 @@ impl Agent {
     pub(crate) async fn grow(&self, cpus: u32, kept_back_mib: u32) -> Result<(), SandboxError> {
         let request =
             message::GrowRequest { online_cpus: cpus, kept_back_mib, ..Default::default() };
-        self.client.grow(patience(), &request).await.map_err(failed)?;
+        self.call::<call::Grow>(&request).await?;
         Ok(())
     }
 
     pub(crate) async fn pause(&self, container: &Id) -> Result<(), SandboxError> {
-        self.client.pause(patience(), &of(container)).await.map_err(failed)?;
+        self.call::<call::Pause>(&of(container)).await?;
         Ok(())
     }
 
     pub(crate) async fn resume(&self, container: &Id) -> Result<(), SandboxError> {
-        self.client.resume(patience(), &of(container)).await.map_err(failed)?;
+        self.call::<call::Resume>(&of(container)).await?;
         Ok(())
     }
 
@@ -296,18 +318,14 @@ impl Agent {
         &self,
         network: &message::Network,
     ) -> Result<(), SandboxError> {
-        self.client.configure_network(patience(), network).await.map_err(failed)?;
+        self.call::<call::ConfigureNetwork>(network).await?;
         Ok(())
     }
 
     /// The next container that ran out of memory; waits for it.
     pub(crate) async fn next_oom(&self) -> Result<Id, SandboxError> {
         loop {
-            let event = self
-                .client
-                .next_event(context::with_timeout(0), &message::Empty::default())
-                .await
-                .map_err(failed)?;
+            let event = self.call_for_ever::<call::NextEvent>(&message::Empty::default()).await?;
             if event.has_oom() {
                 return Ok(event.oom().container_id.parse()?);
             }
@@ -316,7 +334,7 @@ impl Agent {
 
     /// Lets the guest write back what it holds, for at most `deadline`.
     pub(crate) async fn sync(&self, deadline: Duration) -> Result<(), SandboxError> {
-        self.client.sync(context_of(deadline), &message::Empty::default()).await.map_err(failed)?;
+        self.call_for::<call::Sync>(deadline, &message::Empty::default()).await?;
         Ok(())
     }
 }
@@ -325,27 +343,32 @@ fn of(container: &Id) -> message::ContainerId {
     message::ContainerId { container_id: container.to_string(), ..Default::default() }
 }
 
-fn context_of(deadline: Duration) -> Context {
-    context::with_timeout(deadline.as_nanos().try_into().unwrap_or(i64::MAX))
-}
-
-fn patience() -> Context {
-    context_of(PATIENCE)
-}
-
-fn failed(error: ttrpc::Error) -> SandboxError {
+fn failed(error: CallError) -> SandboxError {
     match error {
-        ttrpc::Error::RpcStatus(status) => {
-            SandboxError::Agent {
-                code: status.code(),
-                message: printable(status.message()),
-                // Nothing but these is a program that could not be run.
-                exit: kata_protocol::exit_code(&status).filter(|code| matches!(code, 126 | 127)),
-            }
-        }
-        // ttRPC has no other way to tell it.
-        ttrpc::Error::Others(text) if text.contains("deadline") => SandboxError::Late,
-        other => SandboxError::Lost(format!("a call to the agent failed: {other}")),
+        CallError::Failed(failure) => refused(&failure),
+        CallError::Channel(error) => error.into(),
+        CallError::Request(error) => error.into(),
+        other => SandboxError::Lost(format!("a call to the agent failed: {}", chain(&other))),
+    }
+}
+
+/// What the guest says of a call's failure, as far as it can be believed.
+fn refused(failure: &Failure) -> SandboxError {
+    let code = match failure.code.enum_value_or_default() {
+        failure::Code::Unknown => Code::UNKNOWN,
+        failure::Code::NotFound => Code::NOT_FOUND,
+        failure::Code::Exists => Code::ALREADY_EXISTS,
+        failure::Code::Precondition => Code::FAILED_PRECONDITION,
+        failure::Code::Invalid => Code::INVALID_ARGUMENT,
+        failure::Code::Limit => Code::RESOURCE_EXHAUSTED,
+        failure::Code::GivenUp => Code::CANCELLED,
+        failure::Code::Internal => Code::INTERNAL,
+    };
+    SandboxError::Agent {
+        code,
+        message: printable(&failure.message),
+        // Nothing but these is a program that could not be run.
+        exit: u8::try_from(failure.exit_code).ok().filter(|code| matches!(code, 126 | 127)),
     }
 }
 

@@ -35,6 +35,9 @@ pub enum SandboxError {
     Devices(#[from] kata_devices::Error),
     #[error("channel to the guest")]
     Channel(#[from] kata_channel::ChannelError),
+    /// More than the guest takes at once.
+    #[error("cannot pass this on to the guest")]
+    TooMuch(#[from] kata_protocol::call::InvalidCall),
     #[error("cannot use the cgroup {path}")]
     Cgroup { path: String, source: kata_cgroups::CgroupError },
     #[error("{what} is missing at {path}: {remedy}")]
@@ -98,6 +101,7 @@ impl SandboxError {
             | Self::Id(_)
             | Self::Annotation { .. }
             | Self::Stream(_)
+            | Self::TooMuch(_)
             | Self::Storage(_) => Code::INVALID_ARGUMENT,
             Self::Agent { code, .. } => *code,
             Self::Lost(_) | Self::Late | Self::Silent { .. } => Code::UNAVAILABLE,
@@ -109,7 +113,7 @@ impl SandboxError {
     pub fn status(&self) -> ttrpc::proto::Status {
         let mut status = ttrpc::get_status(self.code(), self.text());
         if let Self::Agent { exit: Some(code), .. } = self {
-            kata_protocol::set_exit_code(&mut status, *code);
+            crate::set_exit_code(&mut status, *code);
         }
         status
     }

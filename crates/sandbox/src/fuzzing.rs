@@ -2,13 +2,13 @@
 
 use crate::ProcessRef;
 use crate::agent::{Agent, Hello};
-use kata_channel::Stream;
+use kata_channel::HostChannel;
 use std::time::Duration;
 
-/// Makes calls to whatever is at the other end of the stream, as to an agent.
-pub async fn calls(stream: Stream) {
+/// Makes calls to whatever is at the other end of the channel, as to an agent.
+pub async fn calls(channel: HostChannel) {
     const PATIENCE: Duration = Duration::from_millis(20);
-    let agent = Agent::new(stream);
+    let agent = Agent::new(channel);
     let Ok(container) = "c1".parse() else { return };
     let process = ProcessRef { container, exec: None };
     let calls = async {

@@ -41,7 +41,7 @@ async fn reach(hypervisor: &mut Qemu) -> Result<(HostChannel, Agent), SandboxErr
         (None, Some(socket)) => HostChannel::serial(socket),
         (None, None) => return Err(SandboxError::Unsupported("a machine without a channel")),
     };
-    let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
+    let agent = Agent::new(channel.clone());
     Ok((channel, agent))
 }
 

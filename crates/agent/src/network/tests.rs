@@ -54,8 +54,8 @@ fn told(netns: &Netns) -> agent::Network {
     for interface in &mut network.interfaces {
         interface.addresses.sort();
     }
-    network.routes.sort_by_key(ToString::to_string);
-    network.neighbours.sort_by_key(ToString::to_string);
+    network.routes.sort_by_key(|one| format!("{one:?}"));
+    network.neighbours.sort_by_key(|one| format!("{one:?}"));
     network
 }
 

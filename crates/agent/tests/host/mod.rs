@@ -12,26 +12,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use kata_cgroups::{Cgroup, Hierarchy};
-use kata_channel::{HostChannel, Stream};
+use kata_channel::{CallError, HostChannel, Stream};
 use kata_protocol::agent::{
     ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, ExecRequest, ProcessId,
     ResizeTerminalRequest, SignalRequest, StartContainerRequest, Stdio, WaitResponse,
 };
-use kata_protocol::agent_ttrpc::AgentClient;
+use kata_protocol::call::{self, Call};
 use kata_protocol::{StreamHeader, StreamKind, VERSION};
 use protobuf::MessageField;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use ttrpc::r#async::Client;
-use ttrpc::r#async::transport::Socket;
-use ttrpc::context::{Context, with_duration};
+use tokio::time::timeout;
 
 /// An agent process, connected.
 pub struct Agent {
     process: Child,
     pub channel: HostChannel,
-    pub calls: AgentClient,
     directory: tempfile::TempDir,
     cgroup: String,
 }
@@ -50,9 +47,7 @@ impl Drop for Agent {
 }
 
 /// Long for a test, so that a hang is a failure.
-pub fn patience() -> Context {
-    with_duration(Duration::from_secs(60))
-}
+const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Agent {
     pub async fn start() -> Self {
@@ -70,12 +65,18 @@ impl Agent {
         }
         let process = command.spawn().unwrap();
         let channel = HostChannel::serial(ours);
-        let rpc = channel.open(&StreamHeader::rpc()).await.unwrap();
-        let calls = AgentClient::new(Client::new(Socket::new(rpc)));
         static AGENTS: AtomicU32 = AtomicU32::new(0);
         let number = AGENTS.fetch_add(1, Ordering::Relaxed);
         let cgroup = format!("/kata-agent-test-{}-{number}", std::process::id());
-        Self { process, channel, calls, directory: tempfile::tempdir().unwrap(), cgroup }
+        Self { process, channel, directory: tempfile::tempdir().unwrap(), cgroup }
+    }
+
+    pub async fn try_call<C: Call>(&self, request: &C::Request) -> Result<C::Answer, CallError> {
+        timeout(PATIENCE, self.channel.call::<C>(request)).await.unwrap()
+    }
+
+    pub async fn call<C: Call>(&self, request: &C::Request) -> C::Answer {
+        self.try_call::<C>(request).await.unwrap()
     }
 
     pub fn pid(&self) -> u32 {
@@ -88,7 +89,7 @@ impl Agent {
             sandbox_id: "sandbox".into(),
             ..ConnectRequest::default()
         };
-        self.calls.connect(patience(), &request).await.unwrap()
+        self.call::<call::Connect>(&request).await
     }
 
     /// A root file system in which busybox is everything.
@@ -120,14 +121,14 @@ impl Agent {
             stdio: MessageField::some(stdio),
             ..CreateContainerRequest::default()
         };
-        self.calls.create_container(patience(), &request).await.unwrap();
+        self.call::<call::CreateContainer>(&request).await;
         streams
     }
 
     pub async fn start_container(&self, id: &str) {
         let request =
             StartContainerRequest { container_id: id.into(), ..StartContainerRequest::default() };
-        self.calls.start_container(patience(), &request).await.unwrap();
+        self.call::<call::StartContainer>(&request).await;
     }
 
     pub async fn run(&self, id: &str, arguments: &[&str], stdio: Stdio) -> Streams {
@@ -142,7 +143,7 @@ impl Agent {
         exec: &str,
         arguments: &[&str],
         stdio: Stdio,
-    ) -> ttrpc::Result<Streams> {
+    ) -> Result<Streams, CallError> {
         let streams = self.streams(id, exec, &stdio).await;
         let request = ExecRequest {
             container_id: id.into(),
@@ -151,7 +152,7 @@ impl Agent {
             stdio: MessageField::some(stdio),
             ..ExecRequest::default()
         };
-        self.calls.exec(patience(), &request).await?;
+        self.try_call::<call::Exec>(&request).await?;
         Ok(streams)
     }
 
@@ -174,14 +175,20 @@ impl Agent {
     }
 
     pub async fn wait(&self, id: &str, exec: &str) -> WaitResponse {
-        self.calls.wait(patience(), &process_id(id, exec)).await.unwrap()
+        self.call::<call::Wait>(&process_id(id, exec)).await
     }
 
     pub async fn delete(&self, id: &str, exec: &str) {
-        self.calls.delete_process(patience(), &process_id(id, exec)).await.unwrap();
+        self.call::<call::DeleteProcess>(&process_id(id, exec)).await;
     }
 
-    pub async fn signal(&self, id: &str, exec: &str, signal: u32, all: bool) -> ttrpc::Result<()> {
+    pub async fn signal(
+        &self,
+        id: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), CallError> {
         let request = SignalRequest {
             container_id: id.into(),
             exec_id: exec.into(),
@@ -189,7 +196,7 @@ impl Agent {
             all,
             ..SignalRequest::default()
         };
-        self.calls.signal(patience(), &request).await.map(drop)
+        self.try_call::<call::Signal>(&request).await.map(drop)
     }
 
     pub async fn resize(&self, id: &str, exec: &str, rows: u32, columns: u32) {
@@ -200,7 +207,7 @@ impl Agent {
             columns,
             ..ResizeTerminalRequest::default()
         };
-        self.calls.resize_terminal(patience(), &request).await.unwrap();
+        self.call::<call::ResizeTerminal>(&request).await;
     }
 }
 

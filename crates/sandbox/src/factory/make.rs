@@ -7,7 +7,7 @@ use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu, Snapshot, Start, VmConfig};
 use kata_network::{Mac, Netns, Tap};
-use kata_protocol::{Id, StreamHeader, chain};
+use kata_protocol::{Id, chain};
 use std::time::Duration;
 
 /// The address by which a clone finds the NIC of its template.
@@ -55,8 +55,7 @@ async fn meet(hypervisor: &mut Qemu, patience: Duration) -> Result<(), SandboxEr
     let socket = hypervisor
         .take_agent_socket()
         .ok_or(SandboxError::Unsupported("a template without a serial channel"))?;
-    let channel = HostChannel::serial(socket);
-    let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
+    let agent = Agent::new(HostChannel::serial(socket));
     // Nothing of a sandbox: no name, no share. Clock and entropy come again with each clone.
     let hello = Hello { sandbox: "template".to_owned(), template: true, ..Hello::default() };
     if let Err(error) = agent.connect(hello, patience).await {
@@ -71,6 +70,6 @@ async fn meet(hypervisor: &mut Qemu, patience: Duration) -> Result<(), SandboxEr
         tracing::warn!(error = %chain(&error), "the template has not rehearsed a container");
     }
     let parking = hypervisor.parking().await?;
-    drop((agent, channel));
+    drop(agent);
     Ok(hypervisor.parked(parking).await?)
 }

@@ -20,7 +20,7 @@ use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu};
 use kata_network::{Model, Netns};
 use kata_oci::Spec;
-use kata_protocol::{Id, StreamHeader};
+use kata_protocol::Id;
 use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -178,7 +178,7 @@ impl Warm {
         let channel = socket.map(HostChannel::serial);
         let channel =
             channel.ok_or(SandboxError::Unsupported("a spare without a serial channel"))?;
-        let agent = Agent::new(channel.open(&StreamHeader::rpc()).await?);
+        let agent = Agent::new(channel.clone());
         let hello = Hello {
             sandbox: id.to_string(),
             hostname: String::new(),
