@@ -88,12 +88,12 @@ async fn a_failure_is_the_agents_own_words() {
 #[tokio::test]
 async fn what_is_no_answer_is_refused() {
     let too_long = [&[0], &u32::MAX.to_be_bytes()[..]].concat();
-    let answers: [(&[u8], fn(&CallError) -> bool); 5] = [
-        (b"", |e| matches!(e, CallError::Cut(_))),
-        (b"\0\0\0\0\x09cut", |e| matches!(e, CallError::Cut(_))),
-        (b"\x07\0\0\0\0", |e| matches!(e, CallError::Invalid(InvalidCall::Tag(7)))),
-        (b"\0\0\0\0\x01\xff", |e| matches!(e, CallError::Invalid(InvalidCall::Message(_)))),
-        (&too_long, |e| matches!(e, CallError::Invalid(InvalidCall::TooLong(_)))),
+    let answers = [
+        (&b""[..], "the call was cut off"),
+        (b"\0\0\0\0\x09cut", "the call was cut off"),
+        (b"\x07\0\0\0\0", "an answer starts with 7"),
+        (b"\0\0\0\0\x01\xff", "the message cannot be read"),
+        (&too_long, "a message of 4294967295 bytes is too long: 4194304 is the limit"),
     ];
     let (host, mut guest) = pair();
     for (bytes, expected) in answers {
@@ -102,8 +102,7 @@ async fn what_is_no_answer_is_refused() {
         let call = timeout(Duration::from_secs(10), host.call::<call::Stats>(&request));
         let (answer, ()) = tokio::join!(call, agent);
         let answer: Result<StatsResponse, CallError> = answer.unwrap();
-        let error = answer.unwrap_err();
-        assert!(expected(&error), "{bytes:?}: {error:?}");
+        assert_eq!(answer.unwrap_err().to_string(), expected, "{bytes:?}");
     }
 }
 
