@@ -2,20 +2,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod pair;
+
 use std::time::Duration;
 
-use kata_channel::{Acceptor, CallError, HostChannel, Stream};
+use kata_channel::{Acceptor, CallError, Stream};
 use kata_protocol::StreamKind;
-use kata_protocol::agent::{Empty, Failure, ProcessId, StatsResponse, WaitResponse, failure};
+use kata_protocol::agent::{
+    ConnectResponse, Empty, Failure, ProcessId, StatsResponse, WaitResponse, failure,
+};
 use kata_protocol::call::{self, InvalidCall, Method};
 use kata_protocol::limits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-fn pair() -> (HostChannel, Acceptor) {
-    let (ours, theirs) = tokio::io::duplex(1 << 16);
-    (HostChannel::multiplexed(ours), Acceptor::multiplexed(theirs))
-}
+use pair::pair;
 
 async fn accept(guest: &mut Acceptor) -> Stream {
     let (header, stream) = guest.accept().await.unwrap();
@@ -42,6 +43,21 @@ async fn a_call_and_its_answer_arrive_whole() {
     let request = of(long);
     let (answer, ()) = tokio::join!(host.call::<call::Wait>(&request), agent);
     assert_eq!(answer.unwrap().exit_code, 7);
+}
+
+/// The agent lets go of the stream behind its answer: nothing of what is on the way is lost.
+#[tokio::test]
+async fn the_longest_answer_arrives_whole() {
+    let (host, mut guest) = pair();
+    let answer =
+        ConnectResponse { agent_version: "x".repeat(limits::MESSAGE - 8), ..Default::default() };
+    let agent = async {
+        let stream = accept(&mut guest).await;
+        stream.answer_call(&call::answer::<call::Connect>(&answer).unwrap()).await.unwrap();
+    };
+    let request = Default::default();
+    let (heard, ()) = tokio::join!(host.call::<call::Connect>(&request), agent);
+    assert!(heard.unwrap() == answer);
 }
 
 #[tokio::test]

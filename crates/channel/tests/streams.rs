@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod pair;
+
 use std::time::Duration;
 
 use kata_channel::{Acceptor, ChannelError, CloseReason, HostChannel, Stream};
@@ -10,10 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-fn pair() -> (HostChannel, Acceptor) {
-    let (host, guest) = UnixStream::pair().unwrap();
-    (HostChannel::serial(host), Acceptor::multiplexed(guest))
-}
+use pair::pair;
 
 fn header(kind: StreamKind, number: usize) -> StreamHeader {
     StreamHeader::process(kind, format!("c{number}").parse().unwrap(), None)

@@ -90,6 +90,11 @@ impl Agent {
         Self { channel }
     }
 
+    /// What it is reached by, for streams beside the calls.
+    pub(crate) fn channel(&self) -> &HostChannel {
+        &self.channel
+    }
+
     /// An ordinary call.
     async fn call<C: Call>(&self, request: &C::Request) -> Result<C::Answer, SandboxError> {
         self.call_for::<C>(PATIENCE, request).await

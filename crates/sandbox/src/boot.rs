@@ -11,7 +11,6 @@ use crate::state::{Resource, StateFile};
 use crate::vm_config::{self, Later};
 use crate::{SandboxDir, SandboxError};
 use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
-use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu, Start, VmConfig};
 use kata_network::{Mac, Model, Netns};
@@ -50,7 +49,7 @@ pub(crate) struct Started {
     pub share: Share,
     pub hypervisor: Qemu,
     /// How the agent is reached, where it has answered already.
-    pub met: Option<(HostChannel, Agent)>,
+    pub met: Option<Agent>,
     /// To the factory, whose next spare waits until the sandbox has started.
     pub line: Option<Packets>,
 }
@@ -109,8 +108,7 @@ async fn adopt(
     stages: &Stages,
     warm: Warm,
 ) -> Result<Started, SandboxError> {
-    let Warm { config, sizing, mut network, share, mut hypervisor, channel, agent, line, .. } =
-        warm;
+    let Warm { config, sizing, mut network, share, mut hypervisor, agent, line, .. } = warm;
     hypervisor.resume().await?;
     stages.mark("monitor goes on");
     let cgroup = make_cgroup(boot.spec, boot.container, state)?;
@@ -126,7 +124,7 @@ async fn adopt(
     boot.netns = None;
     stages.mark("spare taken over");
     let (network, joining) = (Some(network), Some(joining));
-    let (met, line) = (Some((channel, agent)), Some(line));
+    let (met, line) = (Some(agent), Some(line));
     Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, line })
 }
 

@@ -113,7 +113,7 @@ impl SandboxError {
     pub fn status(&self) -> ttrpc::proto::Status {
         let mut status = ttrpc::get_status(self.code(), self.text());
         if let Self::Agent { exit: Some(code), .. } = self {
-            crate::set_exit_code(&mut status, *code);
+            crate::exit::set_exit_code(&mut status, *code);
         }
         status
     }

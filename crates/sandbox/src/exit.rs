@@ -9,7 +9,7 @@ use ttrpc::proto::{Any, Status};
 const TYPE_URL: &str = "kata/exit-code";
 
 /// Adds the exit code to an error's status.
-pub fn set_exit_code(status: &mut Status, code: u8) {
+pub(crate) fn set_exit_code(status: &mut Status, code: u8) {
     let detail = Any { type_url: TYPE_URL.to_owned(), value: vec![code], ..Default::default() };
     status.details.push(detail);
 }

@@ -36,7 +36,7 @@ mod vm_config;
 pub use agent::ProcessRef;
 pub use dir::{RUN_DIR, SandboxDir, SocketPath};
 pub use error::SandboxError;
-pub use exit::{exit_code, set_exit_code};
+pub use exit::exit_code;
 pub use io::{EngineStreams, watch_fd};
 pub use kata_storage::FileSystem;
 pub use pod::PodRole;

@@ -34,15 +34,14 @@ const CAUSE: Duration = Duration::from_millis(500);
 /// How long a guest may take to write back what it holds before it is ended.
 const SYNC: Duration = Duration::from_secs(2);
 
-/// The channel to the agent of a machine, and the agent.
-async fn reach(hypervisor: &mut Qemu) -> Result<(HostChannel, Agent), SandboxError> {
+/// The agent of a machine, which need not have booted.
+fn reach(hypervisor: &mut Qemu) -> Result<Agent, SandboxError> {
     let channel = match (hypervisor.vsock_cid(), hypervisor.take_agent_socket()) {
         (Some(cid), _) => HostChannel::vsock(cid),
         (None, Some(socket)) => HostChannel::serial(socket),
         (None, None) => return Err(SandboxError::Unsupported("a machine without a channel")),
     };
-    let agent = Agent::new(channel.clone());
-    Ok((channel, agent))
+    Ok(Agent::new(channel))
 }
 
 /// A running machine.
@@ -54,7 +53,6 @@ pub(crate) struct Machine {
     pid: i32,
     console: Console,
     share: Arc<Share>,
-    channel: HostChannel,
     agent: Agent,
     guest: OnceCell<Guest>,
     hostname: String,
@@ -96,9 +94,9 @@ impl Machine {
         stages.mark("virtual machine started");
 
         let met = started.met.is_some();
-        let (channel, agent) = match started.met {
+        let agent = match started.met {
             Some(met) => met,
-            None => reach(&mut hypervisor).await?,
+            None => reach(&mut hypervisor)?,
         };
         let machine = Self {
             sandbox: boot.sandbox.clone(),
@@ -107,7 +105,6 @@ impl Machine {
             pid,
             console: hypervisor.console(),
             share: Arc::new(share),
-            channel,
             agent,
             guest: OnceCell::new(),
             hostname: boot.spec.hostname.clone(),
@@ -158,7 +155,7 @@ impl Machine {
             tell(&lost, cause);
         });
 
-        let (channel, lost) = (self.channel.clone(), self.lost.clone());
+        let (channel, lost) = (self.agent.channel().clone(), self.lost.clone());
         tokio::spawn(async move {
             let reason = channel.closed().await;
             tokio::time::sleep(CAUSE / 2).await;
@@ -189,7 +186,7 @@ impl Machine {
     }
 
     pub(crate) fn channel(&self) -> &HostChannel {
-        &self.channel
+        self.agent.channel()
     }
 
     pub(crate) fn mark(&self, stage: &'static str) {
@@ -446,7 +443,7 @@ impl Machine {
             old.abort();
         }
         let Some(address) = resolver else { return Ok(()) };
-        let stream = self.channel.open(&StreamHeader::dns()).await?;
+        let stream = self.channel().open(&StreamHeader::dns()).await?;
         let sandbox = self.sandbox.clone();
         let task = tokio::spawn(async move {
             if let Err(error) = kata_network::serve_dns(&netns, address, stream).await {

@@ -11,7 +11,6 @@ use crate::network::Network;
 use crate::process::Stdio;
 use crate::sandbox::CreateRequest;
 use crate::share::Share;
-use kata_channel::HostChannel;
 use kata_hypervisor::Qemu;
 use kata_network::{Netns, Prefix, Tap};
 use kata_protocol::Id;
@@ -34,7 +33,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct Rehearsal<'a> {
     pub hypervisor: &'a Mutex<Qemu>,
     pub share: &'a Share,
-    pub channel: &'a HostChannel,
     pub agent: &'a Agent,
     pub network: &'a mut Network,
 }
@@ -75,7 +73,7 @@ impl Rehearsal<'_> {
         let network = self.network.sync(None)?;
         let (message, streams) =
             (request.stdio.message(), std::mem::take(&mut request.stdio.streams));
-        let relay = Relay::start(self.channel, &id, None, streams).await?;
+        let relay = Relay::start(self.agent.channel(), &id, None, streams).await?;
         let spec = bundle.plan.spec.clone();
         let new = NewContainer { bundle: &bundle, spec, stdio: message, network };
         step.set("create the container");

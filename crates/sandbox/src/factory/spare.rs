@@ -37,7 +37,6 @@ pub(crate) struct Warm {
     pub network: Network,
     pub share: Share,
     pub hypervisor: Qemu,
-    pub channel: HostChannel,
     pub agent: Agent,
     /// The factory makes another one when this is dropped.
     pub line: Packets,
@@ -175,10 +174,8 @@ impl Warm {
         let (share, mut hypervisor) = power.on(&mut network, clone, Some(NIC)).await?;
         let mut network = network.ok_or_else(none)?;
         let socket = hypervisor.take_agent_socket();
-        let channel = socket.map(HostChannel::serial);
-        let channel =
-            channel.ok_or(SandboxError::Unsupported("a spare without a serial channel"))?;
-        let agent = Agent::new(channel.clone());
+        let socket = socket.ok_or(SandboxError::Unsupported("a spare without a serial channel"))?;
+        let agent = Agent::new(HostChannel::serial(socket));
         let hello = Hello {
             sandbox: id.to_string(),
             hostname: String::new(),
@@ -191,13 +188,12 @@ impl Warm {
         let rehearsal = Rehearsal {
             hypervisor: &hypervisor,
             share: &share,
-            channel: &channel,
             agent: &agent,
             network: &mut network,
         };
         rehearsal.run(dir.path()).await?;
         let mut hypervisor = hypervisor.into_inner();
         hypervisor.pause().await?;
-        Ok(Self { recipe, config, sizing, network, share, hypervisor, channel, agent, line })
+        Ok(Self { recipe, config, sizing, network, share, hypervisor, agent, line })
     }
 }
