@@ -19,11 +19,11 @@ use crate::path::SharePath;
 /// Stack of the short-lived threads that visit another namespace.
 pub(crate) const VISITOR_STACK: usize = 128 * 1024;
 
-/// No component may be a symbolic link, nor lead out of the tree or onto another mount.
-const STRICT: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS)
-    .union(ResolveFlags::NO_XDEV);
+/// No component may be a symbolic link, nor lead out of the tree.
+const BELOW: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+/// Nor may one lead onto another mount.
+const STRICT: ResolveFlags = BELOW.union(ResolveFlags::NO_XDEV);
 
 /// A change of mount attributes.
 #[derive(Default)]
@@ -101,9 +101,10 @@ pub(crate) fn mount_in(
     at: &SharePath,
 ) -> Result<(), MountError> {
     visit(process, |root| {
-        let share = writable_root(root)?;
+        let root = share_in(root, at)?;
+        let share = writable(root.as_fd())?;
         make_mount_point(share.as_fd(), at, tree)?;
-        let mounted = open_dir(root, at.parent()).and_then(|parent| {
+        let mounted = open_dir(root.as_fd(), at.parent()).and_then(|parent| {
             move_mount(tree, "", &parent, at.name(), MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         });
         if mounted.is_err() {
@@ -118,18 +119,24 @@ pub(crate) fn mount_in(
 /// point; what is in use stays until it is not.
 pub(crate) fn unmount_in(process: BorrowedFd<'_>, at: &SharePath) -> io::Result<()> {
     visit(process, |root| {
-        let parent = open_dir(root, at.parent())?;
+        let root = share_in(root, at)?;
+        let parent = open_dir(root.as_fd(), at.parent())?;
         // umount2 knows no directory descriptor; the working directory is the thread's own.
         rustix::process::fchdir(&parent)?;
         unmount(at.name(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
-        let share = writable_root(root)?;
+        let share = writable(root.as_fd())?;
         Ok(remove_mount_point(share.as_fd(), at)?)
     })
 }
 
-/// The process has its root read-only; this is the same file system, writable, and
+/// The share in the root of its process; it may be a mount of its own.
+fn share_in(root: BorrowedFd<'_>, at: &SharePath) -> rustix::io::Result<OwnedFd> {
+    open_by(root, at.share(), BELOW)
+}
+
+/// The process has the share read-only; this is the same file system, writable, and
 /// without what is mounted in it.
-fn writable_root(root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+fn writable(root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
@@ -181,9 +188,13 @@ fn remove_mount_point(share: BorrowedFd<'_>, at: &SharePath) -> rustix::io::Resu
 }
 
 fn open_dir(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<OwnedFd> {
+    open_by(root, path, STRICT)
+}
+
+fn open_by(root: BorrowedFd<'_>, path: &Path, rules: ResolveFlags) -> rustix::io::Result<OwnedFd> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    openat2(root, path, flags, Mode::empty(), STRICT)
+    openat2(root, path, flags, Mode::empty(), rules)
 }
 
 /// Runs `work` in a thread that has entered the mount namespace of `process` (a pidfd),

@@ -9,7 +9,11 @@ const MAX_COMPONENTS: usize = 8;
 
 /// A checked path below the root of the share: relative, not empty, no `.` or `..`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SharePath(PathBuf);
+pub struct SharePath {
+    path: PathBuf,
+    /// Where the share is in the root of the process that serves it; empty: it is the root.
+    share: PathBuf,
+}
 
 impl SharePath {
     /// Checks `path`.
@@ -21,28 +25,39 @@ impl SharePath {
         if !normal || count == 0 || count > MAX_COMPONENTS || bytes.contains(&0) {
             return Err(Error::Path(path.to_owned()));
         }
-        Ok(Self(path.components().collect()))
+        Ok(Self { path: path.components().collect(), share: PathBuf::new() })
+    }
+
+    /// The same place where the share is this directory of its process's root.
+    #[must_use]
+    pub fn of_share_at(self, directory: &Path) -> Self {
+        Self { share: directory.to_owned(), ..self }
+    }
+
+    /// Where the share is in the root of the process that serves it.
+    pub(crate) fn share(&self) -> &Path {
+        &self.share
     }
 
     /// The path, relative to the root of the share.
     pub fn as_path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
     /// The directory it is in; empty for one at the top.
     pub fn parent(&self) -> &Path {
-        self.0.parent().unwrap_or(Path::new(""))
+        self.path.parent().unwrap_or(Path::new(""))
     }
 
     /// Its last component.
     pub fn name(&self) -> &Path {
-        self.0.file_name().map_or(Path::new(""), Path::new)
+        self.path.file_name().map_or(Path::new(""), Path::new)
     }
 
     /// The directories it is in, outermost first.
     pub fn parents(&self) -> Vec<&Path> {
         let mut parents: Vec<_> =
-            self.0.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
+            self.path.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
         parents.reverse();
         parents
     }
