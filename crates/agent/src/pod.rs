@@ -14,6 +14,7 @@ use kata_oci::{NamespaceKind, Spec};
 use kata_protocol::SHARED_PID_NAMESPACE;
 use kata_protocol::agent::Storage;
 use nix::sched::{CloneFlags, unshare};
+use rustix::mount::UnmountFlags;
 
 use crate::error::AgentError;
 use crate::fork::{self, Parent};
@@ -46,6 +47,20 @@ impl Pod {
                 storage::mount(storage).await?.keep();
                 state.mounted.push(storage.mount_point.clone());
             }
+        }
+        Ok(())
+    }
+
+    /// Unmounts it all. No container uses any of it.
+    ///
+    /// # Errors
+    /// Something uses it; it stays mounted then, and what is not unmounted yet.
+    pub async fn unmount(&self) -> Result<(), AgentError> {
+        let mut state = self.state.lock().await;
+        while let Some(target) = state.mounted.last() {
+            rustix::mount::unmount(target.as_str(), UnmountFlags::empty())
+                .map_err(|error| AgentError::System("unmount a share", error.into()))?;
+            state.mounted.pop();
         }
         Ok(())
     }

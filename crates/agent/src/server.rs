@@ -77,7 +77,14 @@ pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError
 /// Hands the streams of one connection to where they belong.
 async fn session(agent: &Arc<Agent>, mut acceptor: Acceptor) -> CloseReason {
     let reason = loop {
-        let (header, stream) = match acceptor.accept().await {
+        let accepted = tokio::select! {
+            accepted = acceptor.accept() => accepted,
+            () = agent.left.notified() => {
+                acceptor.close().await;
+                break CloseReason::Dropped;
+            }
+        };
+        let (header, stream) = match accepted {
             Ok(accepted) => accepted,
             Err(reason) => break reason,
         };

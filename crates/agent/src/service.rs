@@ -14,7 +14,7 @@ use kata_protocol::agent::{
 use kata_protocol::call::{self, Call, InvalidCall, Method};
 use kata_protocol::{Id, VERSION, chain};
 use protobuf::Message as _;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::container::Builder;
 use crate::containers::Containers;
@@ -41,6 +41,8 @@ pub struct Agent {
     role: Role,
     init_ns: i64,
     ready_ns: i64,
+    /// Told when the connection is to end.
+    pub left: Notify,
 }
 
 /// What the agent is to the machine it runs on.
@@ -81,6 +83,7 @@ impl Agent {
             role,
             init_ns,
             ready_ns: machine::boottime_ns(),
+            left: Notify::new(),
         }))
     }
 
@@ -247,6 +250,12 @@ impl Agent {
         Ok(Empty::default())
     }
 
+    async fn leave(&self) -> Result<Empty, AgentError> {
+        self.containers.pod().unmount().await?;
+        self.left.notify_one();
+        Ok(Empty::default())
+    }
+
     async fn next_event(&self) -> Result<Event, AgentError> {
         let id = self.ooms.lock().await.recv().await.ok_or(AgentError::GivenUp)?;
         let oom = OomEvent { container_id: id.to_string(), ..OomEvent::default() };
@@ -325,6 +334,7 @@ impl Agent {
             Method::ConfigureNetwork => answer!(ConfigureNetwork, r => self.network(&r).await),
             Method::NextEvent => answer!(NextEvent, _r => self.next_event().await),
             Method::Sync => answer!(Sync, _r => sync().await),
+            Method::Leave => answer!(Leave, _r => self.leave().await),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use host::{Agent, all, container, output, process_id, take, terminal};
 use kata_channel::CallError;
-use kata_protocol::agent::{Empty, UpdateRequest, failure::Code};
+use kata_protocol::agent::{ConnectRequest, Empty, Storage, UpdateRequest, failure::Code};
 use kata_protocol::call;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -27,12 +27,47 @@ async fn connect_answers_with_versions_and_refuses_another() {
     let answer = agent.connect().await;
     assert_eq!(answer.protocol_version, kata_protocol::VERSION);
     assert!(answer.ready_ns >= answer.init_ns && answer.init_ns > 0);
-    let request =
-        kata_protocol::agent::ConnectRequest { protocol_version: 99, ..Default::default() };
+    let request = ConnectRequest { protocol_version: 99, ..Default::default() };
     let error = agent.try_call::<call::Connect>(&request).await.unwrap_err();
     let (code, text) = code(error);
     assert_eq!(code, Code::Precondition);
     assert!(text.contains("99"), "{text}");
+}
+
+#[tokio::test]
+async fn who_is_told_to_leave_unmounts_the_shares_and_hangs_up() {
+    let agent = Agent::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path().join("share");
+    let storage = Storage {
+        driver: "tmpfs".to_owned(),
+        source: "share".to_owned(),
+        mount_point: at.display().to_string(),
+        ..Default::default()
+    };
+    let hello = ConnectRequest {
+        protocol_version: kata_protocol::VERSION,
+        storages: vec![storage],
+        ..Default::default()
+    };
+    agent.call::<call::Connect>(&hello).await;
+    let is_mounted = || {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        mounts.contains(&at.display().to_string())
+    };
+    assert!(is_mounted());
+    // Not while somebody uses one; nothing has changed then.
+    let held = fs::File::create(at.join("held")).unwrap();
+    let error = agent.try_call::<call::Leave>(&Empty::default()).await.unwrap_err();
+    assert!(code(error).1.contains("unmount a share"));
+    assert!(is_mounted());
+    drop(held);
+    let nothing = Empty::default();
+    let left = agent.channel.call::<call::Leave>(&nothing);
+    // Its answer may be lost with the connection.
+    let (_, closed) = tokio::join!(left, timeout(Duration::from_secs(10), agent.channel.closed()));
+    closed.unwrap();
+    assert!(!is_mounted());
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_vsock::VsockListener;
 
-use crate::mux::{self, wait_closed};
+use crate::mux::{self, Held, wait_closed};
 use crate::{CloseReason, HeaderError, Stream};
 
 /// A stream whose header has not come by then is reset.
@@ -18,17 +18,20 @@ const HEADER_TIME: Duration = Duration::from_secs(10);
 pub struct Acceptor {
     ready: mpsc::Receiver<(StreamHeader, Stream)>,
     closed: watch::Receiver<Option<CloseReason>>,
+    /// The connection, if there is one that carries all streams.
+    held: Option<Held>,
 }
 
 impl Acceptor {
     /// Over one connection that carries all streams. Needs a tokio runtime.
     pub fn multiplexed(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
         let mut incoming = mux::server(io);
-        let closed = incoming.closed.clone();
+        let (closed, held) = (incoming.closed.clone(), Some(incoming.held.clone()));
         let (sender, ready) = mpsc::channel(16);
         let streams = Arc::new(Semaphore::new(limits::STREAMS));
         tokio::spawn(async move {
-            while let Some(stream) = incoming.next().await {
+            drop(incoming.held);
+            while let Some(stream) = incoming.streams.recv().await {
                 let Ok(permit) = Arc::clone(&streams).try_acquire_owned() else {
                     tracing::warn!(limit = limits::STREAMS, "too many streams: one was reset");
                     continue;
@@ -36,7 +39,7 @@ impl Acceptor {
                 tokio::spawn(greet(Stream::mux(stream, permit), sender.clone()));
             }
         });
-        Self { ready, closed }
+        Self { ready, closed, held }
     }
 
     /// Over vsock: each connection is a stream.
@@ -48,7 +51,15 @@ impl Acceptor {
             let why = accept_vsock(listener, sender).await;
             reason.send_replace(Some(why));
         });
-        Self { ready, closed }
+        Self { ready, closed, held: None }
+    }
+
+    /// Lets go of the connection with all its streams, and returns when what carries it is closed.
+    pub async fn close(self) {
+        if let Self { held: Some(held), closed, .. } = self {
+            drop(held);
+            wait_closed(closed).await;
+        }
     }
 
     /// The next stream.

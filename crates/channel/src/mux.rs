@@ -20,7 +20,7 @@ const DYING_STREAMS: usize = 256;
 const FRAME: usize = 64 << 10;
 
 /// A request of [`Mux::open`] to the driver.
-type Open = oneshot::Sender<yamux::Stream>;
+pub(crate) type Open = oneshot::Sender<yamux::Stream>;
 
 /// The users' side of a multiplexed connection.
 pub(crate) struct Mux {
@@ -31,9 +31,13 @@ pub(crate) struct Mux {
 
 /// Streams that the other side opened.
 pub(crate) struct Incoming {
-    streams: mpsc::UnboundedReceiver<yamux::Stream>,
+    pub(crate) streams: mpsc::UnboundedReceiver<yamux::Stream>,
     pub(crate) closed: watch::Receiver<Option<CloseReason>>,
+    pub(crate) held: Held,
 }
+
+/// As long as somebody has it the connection stays.
+pub(crate) type Held = mpsc::Sender<Open>;
 
 /// Starts the driver for the host's end.
 pub(crate) fn client(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Mux {
@@ -45,16 +49,12 @@ pub(crate) fn client(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -
 
 /// Starts the driver for the guest's end.
 pub(crate) fn server(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Incoming {
-    let (requests_open, requests) = mpsc::channel(1);
+    let (held, requests) = mpsc::channel(1);
     // Bounded by the number of streams that yamux lets be open.
     let (incoming, streams) = mpsc::unbounded_channel();
     let (reason, closed) = watch::channel(None);
-    tokio::spawn(async move {
-        // Held so that the driver does not take its absence for the end of the channel.
-        let _requests_open = requests_open;
-        run(io, Mode::Server, requests, Some(incoming), reason).await;
-    });
-    Incoming { streams, closed }
+    tokio::spawn(run(io, Mode::Server, requests, Some(incoming), reason));
+    Incoming { streams, closed, held }
 }
 
 impl Mux {
@@ -73,13 +73,6 @@ impl Mux {
 
     pub(crate) async fn closed(&self) -> CloseReason {
         wait_closed(self.closed.clone()).await
-    }
-}
-
-impl Incoming {
-    /// The next stream; none when the connection is over.
-    pub(crate) async fn next(&mut self) -> Option<yamux::Stream> {
-        self.streams.recv().await
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod pair;
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use kata_channel::{Acceptor, ChannelError, CloseReason, HostChannel, Stream};
@@ -117,7 +118,7 @@ async fn each_side_ends_its_direction_alone() {
     text.clear();
     ours.read_to_string(&mut text).await.unwrap();
     assert_eq!(text, "out");
-    assert_eq!(ours.write(b"x").await.unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    assert_eq!(ours.write(b"x").await.unwrap_err().kind(), ErrorKind::BrokenPipe);
 }
 
 #[tokio::test]
@@ -128,9 +129,9 @@ async fn what_was_written_before_a_drop_arrives_and_then_the_reset() {
     drop(theirs);
     let mut bytes = Vec::new();
     let error = ours.read_to_end(&mut bytes).await.unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert_eq!(bytes, [7; 100_000]);
-    assert_eq!(ours.write(b"x").await.unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    assert_eq!(ours.write(b"x").await.unwrap_err().kind(), ErrorKind::BrokenPipe);
 }
 
 #[tokio::test]
@@ -218,10 +219,23 @@ async fn a_lost_connection_ends_every_stream_with_an_error_and_a_reason() {
     let mut ours = host.open(&header(StreamKind::Stdout, 0)).await.unwrap();
     drop(guest_socket);
     let error = ours.read(&mut [0; 10]).await.unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert_eq!(host.closed().await, CloseReason::Ended);
     let error = host.open(&StreamHeader::rpc()).await.unwrap_err();
     assert!(matches!(error, ChannelError::Closed(CloseReason::Ended)), "{error}");
+}
+
+#[tokio::test]
+async fn a_guest_that_closes_its_end_has_let_go_of_what_carries_it() {
+    let (host_socket, guest_socket) = UnixStream::pair().unwrap();
+    let host = HostChannel::serial(host_socket);
+    let mut guest = Acceptor::multiplexed(guest_socket);
+    let (mut ours, theirs) = open(&host, &mut guest, 0).await;
+    guest.close().await;
+    // Also where a stream of it is still held.
+    assert_eq!(ours.read(&mut [0; 10]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(host.closed().await, CloseReason::Ended);
+    drop(theirs);
 }
 
 #[tokio::test]

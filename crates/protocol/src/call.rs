@@ -95,6 +95,9 @@ calls! {
     16 NextEvent(Empty) -> Event;
     /// Writes everything to stable storage; the host ends the machine afterwards.
     17 Sync(Empty) -> Empty;
+    /// Ends the connection, without what carries it being closed: who comes by it next is
+    /// another host, to which the guest has no shares. Nobody waits for the answer.
+    18 Leave(Empty) -> Empty;
 }
 
 /// Why bytes are no call, or no answer.

@@ -198,6 +198,11 @@ impl Agent {
         }
     }
 
+    /// Has the guest give up its shares and this connection; an answer may never come.
+    pub(crate) async fn leave(&self) -> Result<(), SandboxError> {
+        self.call_for_ever::<call::Leave>(&message::Empty::default()).await.map(drop)
+    }
+
     pub(crate) async fn start(
         &self,
         container: &Id,
