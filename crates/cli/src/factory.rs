@@ -28,6 +28,15 @@ pub fn role(args: &str) -> Result<()> {
     Ok(factory::main(args)?)
 }
 
+/// The role that holds a machine which is forked.
+///
+/// # Errors
+/// It cannot be made, or has ended.
+pub fn stem_role(args: &str) -> Result<()> {
+    let _ = tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).try_init();
+    Ok(factory::stem_main(args)?)
+}
+
 fn init(config: Option<&Path>) -> Result<u8> {
     let enabled = kata_config::load(config)?.factory.makes_templates();
     if !enabled {
@@ -47,16 +56,17 @@ fn status() -> Result<u8> {
         return Ok(0);
     };
     println!(
-        "{:16}  {:>10}  {:>5}  {:>9}  {:>6}  {:>6}  STATE",
-        "TEMPLATE", "MEMORY", "VCPUS", "TAKES", "CLONES", "SPARES"
+        "{:16}  {:>10}  {:>5}  {:>9}  {:>5}  {:>6}  {:>6}  STATE",
+        "TEMPLATE", "MEMORY", "VCPUS", "TAKES", "FORKS", "CLONES", "SPARES"
     );
     for template in templates {
         println!(
-            "{:16}  {:>6} MiB  {:>5}  {:>5} MiB  {:>6}  {:>6}  {}",
+            "{:16}  {:>6} MiB  {:>5}  {:>5} MiB  {:>5}  {:>6}  {:>6}  {}",
             template.name,
             template.memory_mib,
             template.vcpus,
             template.bytes.div_ceil(1 << 20),
+            if template.forks { "yes" } else { "no" },
             template.clones,
             format!("{}/{}", template.spares, template.spares_wanted),
             template.state

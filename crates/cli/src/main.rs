@@ -43,6 +43,7 @@ fn play(invocation: &Invocation) -> i32 {
         Role::SandboxServer => kata_shim::server::main(&invocation.args),
         Role::Devices => kata_devices::main(&invocation.args),
         Role::Factory => factory::role(&invocation.args),
+        Role::Stem => factory::stem_role(&invocation.args),
         Role::Spare => kata_shim::server::spare_main(&invocation.args),
         Role::JailExec => return kata_jail::exec::main(&invocation.args),
         Role::KvmSelfTest => return kata_hypervisor::accelerator::self_test_main(),

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use kata_fork::ForkError;
 use kata_jail::LaunchError;
 
 use crate::exit::VmExit;
@@ -34,6 +35,9 @@ pub enum HypervisorError {
     /// The monitor's process could not be started.
     #[error("cannot start the virtual machine monitor")]
     Launch(#[from] LaunchError),
+    /// The monitor's process could not be forked.
+    #[error("cannot fork the virtual machine monitor")]
+    Fork(#[from] ForkError),
     /// The host refused something that the machine needs.
     #[error("cannot {step} for the virtual machine")]
     Host {

@@ -37,8 +37,8 @@ pub use config::{
 pub use console::Console;
 pub use error::HypervisorError;
 pub use exit::{Exited, VmExit};
-pub use qemu::{Parking, Qemu, QmpError, find_firmware};
-pub use snapshot::{CloneMemory, Snapshot, Start};
+pub use qemu::{Parking, Qemu, QmpError, Stem, find_firmware};
+pub use snapshot::{CloneMemory, ForkOrder, Snapshot, Start};
 pub use vsock::{VHOST_VSOCK, VsockDevice, vsock_available};
 
 /// Something to plug into a running machine.

@@ -14,6 +14,7 @@ use rustix::fs::{
     memfd_create, seek,
 };
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 /// What must not change any more.
 const SEALS: SealFlags =
@@ -37,10 +38,30 @@ pub enum Start {
         /// Its memory.
         memory: CloneMemory,
     },
+    /// It goes on where the machine of a [`crate::Stem`] stands still, when its monitor is forked
+    /// ([`crate::Qemu::order`]). As for a clone, everything else must be as that machine's was.
+    Fork {
+        /// The memory of the machine that stands still, which nobody changes any more.
+        from: OwnedFd,
+        /// What becomes of it.
+        memory: CloneMemory,
+    },
+}
+
+/// What a fork is to be.
+#[derive(Debug)]
+pub struct ForkOrder {
+    /// Name of the machine.
+    pub id: String,
+    /// What its memory is.
+    pub memory: CloneMemory,
+    /// What goes with it, as [`crate::Stem::fork`] expects it.
+    pub fds: Vec<OwnedFd>,
 }
 
 /// What a clone does with the memory of its snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CloneMemory {
     /// Pages are the snapshot's until the clone writes to them. No other process can share
     /// such memory, so nothing by vhost-user.

@@ -1,4 +1,4 @@
-//! A process that we started.
+//! A process that we started, or that was started for us.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,18 +9,26 @@ use std::sync::{Mutex, PoisonError};
 use rustix::process::{Signal, WaitId, WaitIdOptions};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 
-/// A process that we started. Dropping it does *not* end the process.
+/// A process that we started, or that was started for us. Dropping it does *not* end the process.
 #[derive(Debug)]
 pub struct Child {
     pid: i32,
     pidfd: OwnedFd,
     status: Mutex<Option<ExitStatus>>,
+    /// By whom we are told how it ended, if it is not ours to wait for.
+    told: Option<watch::Receiver<Option<ExitStatus>>>,
 }
 
 impl Child {
     pub(crate) fn new(pid: i32, pidfd: OwnedFd) -> Self {
-        Self { pid, pidfd, status: Mutex::new(None) }
+        Self { pid, pidfd, status: Mutex::new(None), told: None }
+    }
+
+    /// A process that another one started for us, and waits for: it tells how that ended.
+    pub fn of_another(pid: i32, pidfd: OwnedFd, told: watch::Receiver<Option<ExitStatus>>) -> Self {
+        Self { told: Some(told), ..Self::new(pid, pidfd) }
     }
 
     /// The pid, as seen in our PID namespace. To be shown; use [`Self::kill`] to signal.
@@ -51,6 +59,9 @@ impl Child {
     /// # Errors
     /// `ECHILD` when somebody else waited for it.
     pub fn try_wait(&self) -> io::Result<Option<ExitStatus>> {
+        if let Some(told) = &self.told {
+            return Ok(*told.borrow());
+        }
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         if status.is_some() {
             return Ok(*status);
@@ -72,13 +83,18 @@ impl Child {
     /// Waits until the process has ended. May be called again, and by several tasks.
     ///
     /// # Errors
-    /// `ECHILD` when somebody else waited for it.
+    /// `ECHILD` when somebody else waited for it, and did not tell.
     ///
     /// # Panics
     /// Outside of a tokio runtime with I/O.
     pub async fn wait(&self) -> io::Result<ExitStatus> {
         if let Some(status) = self.try_wait()? {
             return Ok(status);
+        }
+        if let Some(told) = &self.told {
+            let mut told = told.clone();
+            let status = told.wait_for(Option::is_some).await.ok().and_then(|status| *status);
+            return status.ok_or_else(|| io::Error::from_raw_os_error(libc::ECHILD));
         }
         // A copy, because one epoll set takes a descriptor only once.
         let copy = self.pidfd.try_clone()?;
@@ -95,7 +111,7 @@ impl Child {
     /// Waits, blocking this thread, until the process has ended.
     ///
     /// # Errors
-    /// `ECHILD` when somebody else waited for it.
+    /// `ECHILD` when somebody else waited for it, or is to.
     pub fn wait_blocking(&self) -> io::Result<ExitStatus> {
         loop {
             if let Some(status) = self.try_wait()? {

@@ -28,19 +28,22 @@ pub enum Role {
     Factory,
     /// A sandbox's server that has a VM already, and waits for the sandbox.
     Spare,
+    /// Holds a VM that stands still, and forks it.
+    Stem,
     /// Runs a tiny VM to see whether KVM is any good here.
     KvmSelfTest,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::SandboxServer,
         Self::StandIn,
         Self::Devices,
         Self::JailExec,
         Self::Factory,
         Self::Spare,
+        Self::Stem,
         Self::KvmSelfTest,
     ];
 
@@ -53,6 +56,7 @@ impl Role {
             Self::JailExec => "jail-exec",
             Self::Factory => "factory",
             Self::Spare => "spare",
+            Self::Stem => "stem",
             Self::KvmSelfTest => "kvm-self-test",
         }
     }

@@ -1,7 +1,7 @@
 //! A machine comes to life: as a clone of a template where there is one, else it boots.
 
 use crate::agent::Agent;
-use crate::factory::{self, Recipe, Warm};
+use crate::factory::{self, Keeper, Recipe, Rehearsed, Template, Warm};
 use crate::network::Network;
 use crate::packets::Packets;
 use crate::process::lock;
@@ -50,6 +50,8 @@ pub(crate) struct Started {
     pub hypervisor: Qemu,
     /// How the agent is reached, where it has answered already.
     pub met: Option<Agent>,
+    /// It was not booted: the agent answers at once.
+    pub awake: bool,
     /// To the factory, whose next spare waits until the sandbox has started.
     pub line: Option<Packets>,
 }
@@ -79,26 +81,33 @@ pub(crate) async fn start(
     let power = Power { boot, config: &config, sizing: &sizing, state, stages };
     let template = match &network {
         // A template has one NIC that waits for its network.
-        Some(_) if model == Model::TcFilter => power.template(&recipe).await,
+        // A fork's monitor is in no namespace that could be shown.
+        Some(_) if model == Model::TcFilter => {
+            power.template(&recipe, !boot.monitor_shows_netns).await
+        }
         _ => None,
     };
+    let mut awake = matches!(&template, Some(Cloned { keeper: Some(_), .. }));
     let (share, hypervisor) = match template {
-        Some((key, clone)) => match power.on(&mut network, clone, Some(factory::NIC)).await {
+        Some(Cloned { key, vm, keeper }) => match power.clone_on(&mut network, vm, keeper).await {
             Ok(started) => started,
             Err(error) => {
                 tracing::warn!(sandbox = %boot.sandbox, error = %chain(&error),
                     "the template cannot be used: the machine boots");
                 factory::report_broken(&key).await;
+                awake = false;
                 if let Some(network) = &mut network {
                     network.take_back();
                 }
-                power.on(&mut network, power.booting()?, None).await?
+                power.boot_on(&mut network).await?
             }
         },
-        None => power.on(&mut network, power.booting()?, None).await?,
+        None => power.boot_on(&mut network).await?,
     };
-    let (joining, met, line) = (None, None, None);
-    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, line })
+    // A fork is no child of this process, which is in it.
+    let joining = awake.then(|| join_later(&cgroup, vec![hypervisor.pid()]));
+    let (met, line) = (None, None);
+    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, awake, line })
 }
 
 /// Makes a machine that stands still this sandbox's.
@@ -108,24 +117,32 @@ async fn adopt(
     stages: &Stages,
     warm: Warm,
 ) -> Result<Started, SandboxError> {
-    let Warm { config, sizing, mut network, share, mut hypervisor, agent, line, .. } = warm;
+    let Warm { machine, line, .. } = warm;
+    let Rehearsed { config, sizing, mut network, share, mut hypervisor, agent } = machine;
     hypervisor.resume().await?;
     stages.mark("monitor goes on");
     let cgroup = make_cgroup(boot.spec, boot.container, state)?;
     let devices = share.process().map(kata_jail::Child::pid);
     let pids = [Some(std::process::id().cast_signed()), Some(hypervisor.pid()), devices];
-    let joined = cgroup.clone();
-    let joining = tokio::task::spawn_blocking(move || {
-        pids.into_iter().flatten().try_for_each(|pid| joined.add(pid))
-    });
+    let joining = join_later(&cgroup, pids.into_iter().flatten().collect());
     if let Some(netns) = boot.netns.as_ref().filter(|_| !boot.monitor_shows_netns) {
         network.move_to(Netns::open(netns.path())?);
     }
     boot.netns = None;
     stages.mark("spare taken over");
     let (network, joining) = (Some(network), Some(joining));
-    let (met, line) = (Some(agent), Some(line));
-    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, line })
+    let (met, awake, line) = (Some(agent), true, Some(line));
+    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, awake, line })
+}
+
+/// What a machine is cloned from.
+pub(crate) struct Cloned {
+    /// By which its template is found.
+    pub key: String,
+    /// The clone.
+    pub vm: VmConfig,
+    /// It is a fork, made by this one.
+    pub keeper: Option<Keeper>,
 }
 
 /// What it takes to start a machine.
@@ -138,8 +155,9 @@ pub(crate) struct Power<'a> {
 }
 
 impl Power<'_> {
-    /// The clone of such a machine's template, and the template's key; none while there is none.
-    pub(crate) async fn template(&self, recipe: &Recipe) -> Option<(String, VmConfig)> {
+    /// The clone of such a machine's template; none while there is no template. It may be a fork
+    /// if `forks` are wanted.
+    pub(crate) async fn template(&self, recipe: &Recipe, forks: bool) -> Option<Cloned> {
         if !self.config.factory.makes_templates() {
             return None;
         }
@@ -147,13 +165,15 @@ impl Power<'_> {
             let vm = factory::description(self.config, self.sizing)?;
             let key = factory::key(&vm)?;
             let memory = factory::memory_of_clones(self.config);
-            let cloned = |snapshot| VmConfig {
-                start: Start::Clone { snapshot, memory },
-                id: self.boot.sandbox.to_string(),
-                ..vm
+            let (start, keeper) = match factory::fetch(&key, recipe, forks).await? {
+                Some(Template::Saved(snapshot)) => (Start::Clone { snapshot, memory }, None),
+                Some(Template::Standing(keeper, from)) => {
+                    (Start::Fork { from, memory }, Some(keeper))
+                }
+                None => return Ok(None),
             };
-            let snapshot = factory::fetch(&key, recipe).await?;
-            Ok::<_, SandboxError>(snapshot.map(|snapshot| (key, cloned(snapshot))))
+            let id = self.boot.sandbox.to_string();
+            Ok::<_, SandboxError>(Some(Cloned { key, vm: VmConfig { start, id, ..vm }, keeper }))
         };
         let found = found.await.unwrap_or_else(|error| {
             tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
@@ -164,20 +184,31 @@ impl Power<'_> {
         found
     }
 
-    /// The machine that boots.
-    fn booting(&self) -> Result<VmConfig, SandboxError> {
+    /// Starts a machine that boots.
+    async fn boot_on(&self, network: &mut Option<Network>) -> Result<(Share, Qemu), SandboxError> {
         let mut vm =
             vm_config::vm_config(self.config, self.sizing, self.boot.sandbox, self.boot.later)?;
         vm_config::prefer_vsock(&mut vm, self.config.hypervisor.channel)?;
-        Ok(vm)
+        self.on(network, vm, None, None).await
+    }
+
+    /// Starts a clone, or a fork where there is a keeper for it.
+    pub(crate) async fn clone_on(
+        &self,
+        network: &mut Option<Network>,
+        vm: VmConfig,
+        keeper: Option<Keeper>,
+    ) -> Result<(Share, Qemu), SandboxError> {
+        self.on(network, vm, keeper, Some(factory::NIC)).await
     }
 
     /// Starts share and monitor; nothing of them is left when that fails. A first NIC has the
     /// `known` address, if there is one.
-    pub(crate) async fn on(
+    async fn on(
         &self,
         network: &mut Option<Network>,
         mut vm: VmConfig,
+        keeper: Option<Keeper>,
         known: Option<Mac>,
     ) -> Result<(Share, Qemu), SandboxError> {
         let Self { boot, config, .. } = *self;
@@ -196,15 +227,26 @@ impl Power<'_> {
         self.stages.mark("share started");
         vm.share = Some(device);
         let mut hypervisor = Qemu::new(vm);
-        if let Err(error) = hypervisor.start().await {
+        let started = match keeper {
+            Some(keeper) => fork(&mut hypervisor, &keeper).await,
+            None => hypervisor.start().await.map_err(SandboxError::from),
+        };
+        if let Err(error) = started {
             share.end();
-            return Err(error.into());
+            return Err(error);
         }
         for (stage, at) in hypervisor.milestones() {
             self.stages.mark_at(stage, *at);
         }
         Ok((share, hypervisor))
     }
+}
+
+/// Has the monitor forked, and lets its machine go on.
+async fn fork(hypervisor: &mut Qemu, keeper: &Keeper) -> Result<(), SandboxError> {
+    let order = hypervisor.order().await?;
+    let child = keeper.fork(order).await.map_err(SandboxError::io("fork a monitor"))?;
+    Ok(hypervisor.forked(child).await?)
 }
 
 /// Makes the container's cgroup and moves this process into it, so that all it starts is
@@ -218,6 +260,12 @@ fn join_cgroup(
     let failed = |source| SandboxError::Cgroup { path: cgroup.path(), source };
     cgroup.add(std::process::id().cast_signed()).map_err(failed)?;
     Ok(cgroup)
+}
+
+/// Moves processes into the cgroup, while the guest can do something.
+fn join_later(cgroup: &Cgroup, pids: Vec<i32>) -> JoinHandle<Result<(), CgroupError>> {
+    let cgroup = cgroup.clone();
+    tokio::task::spawn_blocking(move || pids.into_iter().try_for_each(|pid| cgroup.add(pid)))
 }
 
 /// Makes the container's cgroup. Written down first.

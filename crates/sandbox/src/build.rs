@@ -1,7 +1,7 @@
 //! A container is built: what it shares is attached, the engine's hooks run, the guest gets its
 //! network and makes the container.
 //!
-//! Hooks run while the guest boots. A guest that stood ready (a spare's) would only wait for
+//! Hooks run while the guest boots. A guest that stood ready (a spare's, or a fork) would only wait for
 //! them, a fifth of its start: it makes its first container meanwhile, and gets the network
 //! afterwards. The specification wants the hooks before `pivot_root`, for what they change in the
 //! root: that arrives all the same, because the root is shared. Should one fail, the machine
@@ -40,7 +40,7 @@ impl New<'_> {
     /// Whether the guest would have nothing to do while hooks run, and need not wait for them.
     fn need_not_wait(&self) -> bool {
         let Self { machine, bundle, .. } = self;
-        machine.is_ready()
+        machine.is_awake()
             && bundle.id == *machine.first_container()
             && !sets_up_network(&bundle.spec)
     }
@@ -150,8 +150,12 @@ impl Sandbox {
         new: &New<'_>,
         streams: EngineStreams,
     ) -> Result<(), SandboxError> {
-        new.machine.attach(&new.bundle.plan.attachments).await?;
-        tokio::try_join!(new.run_hooks(), self.hand_over(new, streams, None))?;
+        let make = async {
+            let machine = new.machine;
+            tokio::try_join!(machine.attach(&new.bundle.plan.attachments), machine.ready())?;
+            self.hand_over(new, streams, None).await
+        };
+        tokio::try_join!(new.run_hooks(), make)?;
         new.machine.mark("hooks and container");
         new.machine.follow_engine().await
     }

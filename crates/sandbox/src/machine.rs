@@ -55,6 +55,7 @@ pub(crate) struct Machine {
     share: Arc<Share>,
     agent: Agent,
     guest: OnceCell<Guest>,
+    awake: bool,
     hostname: String,
     vcpus: u32,
     patience: Duration,
@@ -93,7 +94,6 @@ impl Machine {
         lock(state).record_process(pid, MACHINE_ROLE)?;
         stages.mark("virtual machine started");
 
-        let met = started.met.is_some();
         let agent = match started.met {
             Some(met) => met,
             None => reach(&mut hypervisor)?,
@@ -107,6 +107,7 @@ impl Machine {
             share: Arc::new(share),
             agent,
             guest: OnceCell::new(),
+            awake: started.awake,
             hostname: boot.spec.hostname.clone(),
             vcpus: sizing.vcpus,
             patience: Duration::from_secs(config.agent.dial_timeout.into()),
@@ -126,11 +127,6 @@ impl Machine {
             hypervisor: tokio::sync::Mutex::new(hypervisor),
         };
         machine.watch_deaths().await;
-        // One that has been met has nothing to wait for.
-        if met && let Err(error) = machine.ready().await {
-            machine.stop().await;
-            return Err(error);
-        }
         Ok(machine)
     }
 
@@ -299,6 +295,11 @@ impl Machine {
     /// Whether the guest has answered.
     pub(crate) fn is_ready(&self) -> bool {
         self.guest.initialized()
+    }
+
+    /// Whether it was not booted, so that the guest answers at once.
+    pub(crate) fn is_awake(&self) -> bool {
+        self.awake
     }
 
     /// Waits until all its processes are in the sandbox's cgroup.

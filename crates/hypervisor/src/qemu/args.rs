@@ -78,7 +78,17 @@ pub(crate) struct CommandLine {
     pub args: Vec<OsString>,
     pub fds: Vec<(OwnedFd, RawFd)>,
     pub late_share: Option<LateShare>,
+    pub numbers: Numbers,
     is_clone: bool,
+}
+
+/// Under which numbers QEMU has what a fork of it needs of its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Numbers {
+    pub qmp: RawFd,
+    pub console: RawFd,
+    pub agent: Option<RawFd>,
+    pub taps: Vec<RawFd>,
 }
 
 impl CommandLine {
@@ -91,7 +101,13 @@ impl CommandLine {
     ) -> Self {
         let Inherited { qmp, console, agent, origin } = inherited;
         let is_clone = matches!(origin, Origin::Clone(..));
-        let mut line = Self { args: Vec::new(), fds: Vec::new(), late_share: None, is_clone };
+        let mut line = Self {
+            args: Vec::new(),
+            fds: Vec::new(),
+            late_share: None,
+            numbers: Numbers::default(),
+            is_clone,
+        };
         line.machine(config, origin, qemu_major);
         line.kernel(config, paths);
         line.sockets(config, qmp, console, agent);
@@ -109,7 +125,7 @@ impl CommandLine {
     }
 
     fn machine(&mut self, config: &VmConfig, origin: Origin, qemu_major: u32) {
-        self.option("-name", format!("sandbox-{}", config.id));
+        self.option("-name", name(&config.id));
         for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
             self.args.push(flag.into());
         }
@@ -182,14 +198,14 @@ impl CommandLine {
         agent: Option<OwnedFd>,
     ) {
         let machine = config.machine;
-        self.socket("qmp", qmp);
+        self.numbers.qmp = self.socket("qmp", qmp);
         self.option("-mon", "chardev=qmp,mode=control");
         let serial = format!("id=serial,max_ports={PORTS}");
         self.option("-device", virtio(machine, "virtio-serial", &serial));
-        self.socket("console", console);
+        self.numbers.console = self.socket("console", console);
         self.option("-device", "virtconsole,chardev=console");
         if let Some(agent) = agent {
-            self.socket("agent", agent);
+            self.numbers.agent = Some(self.socket("agent", agent));
             let port = format!("virtserialport,id={AGENT_PORT},chardev=agent,name={SERIAL_PORT}");
             self.option("-device", port);
         }
@@ -213,6 +229,7 @@ impl CommandLine {
     fn nic(&mut self, config: &VmConfig, index: usize, nic: Nic) {
         let machine = config.machine;
         let fd = self.fd(nic.tap);
+        self.numbers.taps.push(fd);
         let mut netdev = format!("tap,id=net{index},fd={fd}");
         if let Some(device) = vhost_net(config.vhost_net) {
             netdev.push_str(&format!(",vhost=on,vhostfd={}", self.fd(device)));
@@ -254,9 +271,10 @@ impl CommandLine {
         self.args.push(value.into());
     }
 
-    fn socket(&mut self, id: &str, fd: OwnedFd) {
+    fn socket(&mut self, id: &str, fd: OwnedFd) -> RawFd {
         let fd = self.fd(fd);
         self.option("-chardev", format!("socket,id={id},fd={fd}"));
+        fd
     }
 
     fn fd(&mut self, fd: OwnedFd) -> RawFd {
@@ -294,6 +312,11 @@ pub(crate) fn vhost_net(wanted: bool) -> Option<OwnedFd> {
             None
         }
     }
+}
+
+/// What a machine is called where others see it.
+pub(crate) fn name(id: &str) -> String {
+    format!("sandbox-{id}")
 }
 
 /// Name of a root port, which is also the name of the bus behind it.

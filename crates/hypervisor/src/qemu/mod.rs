@@ -6,9 +6,11 @@
 mod ahead;
 mod args;
 mod cage;
+mod ends;
 mod plug;
 mod qmp;
 mod resize;
+mod stem;
 mod template;
 mod version;
 mod watch;
@@ -27,16 +29,19 @@ pub use qmp::QmpError;
 #[cfg(fuzzing)]
 pub(crate) use qmp::fuzz as fuzz_qmp;
 pub(crate) use resize::first_memory;
+pub use stem::Stem;
 pub use template::Parking;
 
 use crate::config::{Accelerator, ChannelKind, Machine, Share, VmConfig};
 use crate::console::Console;
 use crate::error::{HypervisorError, host};
 use crate::exit::{Exited, VmExit};
-use crate::qemu::args::{CommandLine, Inherited, LateShare, Origin};
+use crate::qemu::args::{CommandLine, Inherited, LateShare, Numbers, Origin};
+use crate::qemu::ends::{Ends, TheirEnds};
 use crate::qemu::qmp::{BlockdevDel, Command, Cont, DeviceDel};
 use crate::qemu::qmp::{Event, NetdevDel, Qmp, QmpCapabilities, Quit, RemoveFd, Stop};
 use crate::qemu::resize::Room;
+use crate::qemu::stem::Ordered;
 use crate::qemu::watch::Watch;
 use crate::snapshot::Start;
 use crate::{Capabilities, Device, DeviceId, Hypervisor, Size, Snapshot};
@@ -68,8 +73,12 @@ pub struct Qemu {
     running: Option<Running>,
     /// The memory that a template is to leave.
     template: Option<OwnedFd>,
+    /// The memory of a clone that has its own.
+    memory: Option<OwnedFd>,
     /// The memory of a machine that keeps some of it back.
     kept_back: Option<OwnedFd>,
+    /// A fork that was ordered.
+    ordered: Option<Ordered>,
     milestones: Vec<(&'static str, Instant)>,
 }
 
@@ -86,6 +95,8 @@ struct Running {
     plugged: u32,
     /// Whether the host's kernel may move packets.
     vhost_net: bool,
+    /// What a fork of it would need, if its memory is its own.
+    numbers: Numbers,
 }
 
 /// A plugged device, and what it leaves on the host's side.
@@ -138,7 +149,9 @@ impl Qemu {
             watch: Watch::new(),
             running: None,
             template: None,
+            memory: None,
             kept_back: None,
+            ordered: None,
             milestones: Vec::new(),
         }
     }
@@ -250,22 +263,14 @@ impl Qemu {
         let (jail, in_jail) = cage::build(&config, &on_host, !matches!(origin, Origin::Boot(None)));
         let paths = if config.jail { &in_jail } else { &on_host };
 
-        let (qmp, qmp_theirs) = pair()?;
-        let (console, console_theirs) = pair()?;
-        let (agent, agent_theirs) = match config.channel {
-            ChannelKind::Serial => pair().map(|(ours, theirs)| (Some(ours), Some(theirs)))?,
-            ChannelKind::Vsock(_) => (None, None),
-        };
-        let inherited =
-            Inherited { qmp: qmp_theirs, console: console_theirs, agent: agent_theirs, origin };
+        let (ends, theirs) = Ends::new(&config.channel)?;
+        let TheirEnds { qmp, console, agent, stderr } = theirs;
+        let inherited = Inherited { qmp, console, agent, origin };
         let ports = if self.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
         let vhost_net = config.vhost_net;
         let line = CommandLine::new(&mut config, paths, inherited, major);
 
-        let (stderr, stderr_theirs) = std::io::pipe().map_err(host("make a pipe"))?;
-        let mut launch = Launch::program(&paths.qemu, line.args)
-            .stderr(OwnedFd::from(stderr_theirs))
-            .die_with_parent();
+        let mut launch = Launch::program(&paths.qemu, line.args).stderr(stderr).die_with_parent();
         for (fd, at) in line.fds {
             launch = launch.fd(fd, at);
         }
@@ -277,19 +282,9 @@ impl Qemu {
         }
         let child = Arc::new(launch.spawn()?);
         tracing::debug!(id = config.id, pid = child.pid(), "qemu started");
-
-        let (qmp, reader) = Qmp::new(qmp);
         let (is_up, up) = tokio::sync::watch::channel(false);
-        self.running = Some(Running {
-            child: Arc::clone(&child),
-            qmp: qmp.clone(),
-            up,
-            agent,
-            ports: (0..ports).map(|_| None).collect(),
-            plugged: 0,
-            vhost_net,
-        });
-        self.watch.start(child, &qmp, reader, console, stderr, self.console.clone())?;
+        let ports = Ports { count: ports, vhost_net, numbers: line.numbers };
+        let qmp = self.follow(child, ends, up, ports)?;
         tokio::spawn(async move {
             if qmp.call(&QmpCapabilities {}, COMMAND).await.is_ok() {
                 is_up.send_replace(true);
@@ -297,6 +292,38 @@ impl Qemu {
         });
         Ok(line.late_share)
     }
+
+    /// Listens to a monitor until it ends.
+    fn follow(
+        &mut self,
+        child: Arc<Child>,
+        ends: Ends,
+        up: tokio::sync::watch::Receiver<bool>,
+        ports: Ports,
+    ) -> Result<Qmp, HypervisorError> {
+        let Ports { count, vhost_net, numbers } = ports;
+        let (qmp, reader) = Qmp::new(ends.qmp);
+        self.running = Some(Running {
+            child: Arc::clone(&child),
+            qmp: qmp.clone(),
+            up,
+            agent: ends.agent,
+            ports: (0..count).map(|_| None).collect(),
+            plugged: 0,
+            vhost_net,
+            numbers,
+        });
+        let console = self.console.clone();
+        self.watch.start(child, &qmp, reader, ends.console, ends.stderr, console)?;
+        Ok(qmp)
+    }
+}
+
+/// What is known of a monitor's devices.
+struct Ports {
+    count: u32,
+    vhost_net: bool,
+    numbers: Numbers,
 }
 
 /// Refuses what cannot be.
@@ -326,14 +353,6 @@ fn check(config: &VmConfig) -> Result<(), HypervisorError> {
     Err(HypervisorError::Config(wrong))
 }
 
-/// A connected pair of sockets: ours, and what QEMU inherits.
-fn pair() -> Result<(UnixStream, OwnedFd), HypervisorError> {
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(host("make a socket"))?;
-    ours.set_nonblocking(true).map_err(host("make a socket"))?;
-    let ours = UnixStream::from_std(ours).map_err(host("watch a socket"))?;
-    Ok((ours, theirs.into()))
-}
-
 #[async_trait]
 impl Hypervisor for Qemu {
     async fn start(&mut self) -> Result<(), HypervisorError> {
@@ -353,6 +372,7 @@ impl Hypervisor for Qemu {
             Start::Clone { snapshot, memory } => {
                 self.start_clone(config, snapshot, memory, major).await
             }
+            Start::Fork { .. } => Err(HypervisorError::State("forked, not started")),
         }
     }
 

@@ -112,6 +112,7 @@ impl Qemu {
                     snapshot::guest_memory(config.memory_mib).map_err(host("make memory"))?;
                 let from = snapshot.memory().try_clone_to_owned().map_err(host("share memory"))?;
                 let to = memory.try_clone().map_err(host("share memory"))?;
+                self.memory = Some(memory.try_clone().map_err(host("share memory"))?);
                 // While QEMU starts.
                 let copy =
                     tokio::task::spawn_blocking(move || snapshot::copy(from.as_fd(), to.as_fd()));
@@ -178,7 +179,7 @@ impl Qemu {
     }
 
     /// The share's connection is there from the start; its device comes now.
-    async fn plug_share(&mut self, share: LateShare) -> Result<(), HypervisorError> {
+    pub(super) async fn plug_share(&mut self, share: LateShare) -> Result<(), HypervisorError> {
         let (port, number) = self.running()?.reserve()?;
         let id = format!("plugged{number}");
         let properties = Map::from_iter([

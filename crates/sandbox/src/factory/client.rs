@@ -1,5 +1,6 @@
 //! Asking the factory, and starting it.
 
+use super::keeper::Keeper;
 use super::recipe::Recipe;
 use super::server::LISTENER_FD;
 use super::wire::{self, Answer, Ask, Request, Take, TemplateStatus};
@@ -19,13 +20,31 @@ pub(super) fn failed(what: &'static str) -> impl FnOnce(io::Error) -> SandboxErr
     SandboxError::io(what)
 }
 
+/// What a sandbox is made from.
+pub(crate) enum Template {
+    /// Machines go on from where it was saved.
+    Saved(Snapshot),
+    /// Machines are forked, by this keeper, from one that stands still and has this memory.
+    Standing(Keeper, OwnedFd),
+}
+
 /// The template of this key, if there is one. Else it will be there for a later sandbox.
-pub(crate) async fn fetch(key: &str, recipe: &Recipe) -> Result<Option<Snapshot>, SandboxError> {
-    let ask = || Ask::Fetch { key: key.to_owned(), recipe: recipe.clone() };
+/// `forks`: one that stands still is wanted rather than a saved one.
+pub(crate) async fn fetch(
+    key: &str,
+    recipe: &Recipe,
+    forks: bool,
+) -> Result<Option<Template>, SandboxError> {
+    let ask = || Ask::Fetch { key: key.to_owned(), recipe: recipe.clone(), forks };
     let (answer, fds) = ask_started(ask).await?;
     match (answer, <[OwnedFd; 2]>::try_from(fds)) {
         (Answer::Template, Ok([memory, devices])) => {
-            Snapshot::from_fds(memory, devices).map(Some).map_err(failed("use a template"))
+            let snapshot = Snapshot::from_fds(memory, devices).map_err(failed("use a template"))?;
+            Ok(Some(Template::Saved(snapshot)))
+        }
+        (Answer::Stem, Ok([line, memory])) => {
+            let keeper = Keeper::new(line).map_err(failed("use a template"))?;
+            Ok(Some(Template::Standing(keeper, memory)))
         }
         (Answer::NotYet, _) => Ok(None),
         (Answer::Failed(why), _) => Err(SandboxError::Factory(why)),
@@ -55,13 +74,12 @@ pub async fn take(
         return Ok(false);
     }
     let Ok(Some(connection)) = wire::connect() else { return Ok(false) };
-    let score = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
     let take = Take {
         sandbox: sandbox.to_string(),
         recipe: recipe.clone(),
         place: wire::place().map_err(failed("find our own namespaces"))?,
         args,
-        oom_score_adj: score.trim().parse().unwrap_or(0),
+        oom_score_adj: own_oom_score(),
     };
     let (answer, _) = converse(connection, Ask::Take(take), fds).await?;
     match answer {
@@ -73,6 +91,12 @@ pub async fn take(
             Ok(false)
         }
     }
+}
+
+/// How soon this process is to go when memory is short.
+pub(super) fn own_oom_score() -> i32 {
+    let score = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+    score.trim().parse().unwrap_or(0)
 }
 
 /// Makes the template of sandboxes that say nothing of themselves; returns when it is there.

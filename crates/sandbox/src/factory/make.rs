@@ -5,8 +5,8 @@ use crate::agent::{Agent, Hello};
 use crate::{SandboxError, vm_config};
 use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
-use kata_hypervisor::{Hypervisor, Qemu, Snapshot, Start, VmConfig};
-use kata_network::{Mac, Netns, Tap};
+use kata_hypervisor::{Accelerator, Hypervisor, Qemu, Snapshot, Start, VmConfig};
+use kata_network::{Mac, Model, Netns, Tap};
 use kata_protocol::{Id, chain};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ pub(super) struct Plan {
     pub key: String,
     pub config: SandboxConfig,
     pub sizing: Sizing,
+    /// Whether machines of it can be forked, and gain by it.
+    pub forks: bool,
 }
 
 impl Plan {
@@ -30,8 +32,12 @@ impl Plan {
     pub(super) fn of(recipe: &Recipe) -> Result<Self, SandboxError> {
         let name: Id = "factory".parse()?;
         let (config, sizing) = recipe.configure(&name)?;
-        let key = recipe::key(&recipe::description(&config, &sizing)?)?;
-        Ok(Self { key, config, sizing })
+        let vm = recipe::description(&config, &sizing)?;
+        let key = recipe::key(&vm)?;
+        // What a processor runs need not be translated.
+        let forks = vm.accelerator == Accelerator::Tcg
+            && vm_config::network_model(&config) == Model::TcFilter;
+        Ok(Self { key, config, sizing, forks })
     }
 
     /// Makes it.

@@ -9,22 +9,21 @@
 use super::make::Plan;
 use super::recipe::Recipe;
 use super::spare;
+use super::standing::launch;
 use super::wire::{self, FromSpare, Take};
 use crate::packets::Packets;
 use crate::process::lock;
 use crate::{RUN_DIR, SandboxDir, SandboxError, cleanup};
-use kata_jail::{Child, Launch, Role};
+use kata_jail::{Child, Role};
 use kata_protocol::chain;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// Where a spare finds its line to the factory.
+/// Where a spare, or the keeper of a stem, finds its line to the factory.
 pub(super) const LINE_FD: RawFd = 3;
 /// How long a spare may take to take a sandbox over.
 const TAKE: Duration = Duration::from_secs(5);
@@ -148,7 +147,7 @@ impl Pool {
 
     /// The life of a spare, until the sandbox that took it has started.
     async fn live(self: &Arc<Self>, name: &str, recipe: &Recipe, busy: Busy) -> io::Result<()> {
-        let (child, line) = launch(recipe)?;
+        let (child, line) = launch(recipe, Role::Spare, "kata-sandbox (spare)")?;
         let child = Arc::new(child);
         let ends = Arc::clone(&child);
         // It is a child of the factory's also as a sandbox's server.
@@ -276,19 +275,6 @@ impl Drop for Busy {
             kind.busy = kind.busy.saturating_sub(1);
         }
     }
-}
-
-fn launch(recipe: &Recipe) -> io::Result<(Child, Packets)> {
-    let (flags, kind) = (SocketFlags::CLOEXEC, SocketType::SEQPACKET);
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
-    let launch = Launch::role(Role::Spare, "kata-sandbox (spare)", recipe)
-        .map_err(io::Error::other)?
-        .fd(theirs, LINE_FD)
-        .stderr(io::stderr().as_fd().try_clone_to_owned()?)
-        .directory(Path::new("/"))
-        .new_session();
-    let child = launch.spawn().map_err(io::Error::other)?;
-    Ok((child, Packets::new(ours)?))
 }
 
 /// What a spare says; none when it has hung up.

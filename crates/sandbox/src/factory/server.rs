@@ -3,6 +3,7 @@
 use super::make::Plan;
 use super::pool::{self, Pool};
 use super::recipe::Recipe;
+use super::standing::Standing;
 use super::wire::{self, Answer, Ask, Request, Take, TemplateStatus};
 use crate::packets::{PacketListener, Packets};
 use crate::process::lock;
@@ -10,7 +11,7 @@ use kata_hypervisor::Snapshot;
 use kata_protocol::chain;
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, watch};
@@ -72,6 +73,8 @@ struct Template {
     state: State,
     /// Told when it is ready, or will never be.
     settled: watch::Sender<bool>,
+    /// Once it is ready, and if machines of it are forked.
+    stem: Option<Arc<Standing>>,
     clones: u64,
     used: u64,
 }
@@ -83,6 +86,23 @@ enum State {
     Failed(String),
 }
 
+/// What there is of a template that is ready.
+struct Found {
+    snapshot: Arc<Snapshot>,
+    stem: Option<Arc<Standing>>,
+}
+
+impl Template {
+    /// The host's memory that it takes for guests' memory.
+    fn bytes(&self) -> u64 {
+        let saved = match &self.state {
+            State::Ready(snapshot) => snapshot.bytes().unwrap_or(0),
+            State::Making | State::Failed(_) => 0,
+        };
+        saved + self.stem.as_ref().map_or(0, |stem| stem.bytes())
+    }
+}
+
 impl Factory {
     async fn converse(self: Arc<Self>, connection: Packets, build: &str) -> io::Result<()> {
         let Some((bytes, fds)) = connection.receive().await? else { return Ok(()) };
@@ -92,10 +112,9 @@ impl Factory {
             return self.end(&connection, Answer::OtherBuild).await;
         }
         let answer = match request.ask {
-            Ask::Fetch { key, recipe } => match self.fetch(&key, &recipe) {
-                Ok(Some(snapshot)) => {
-                    let answer = serde_json::to_vec(&Answer::Template)?;
-                    connection.send(&answer, &snapshot.fds()).await?;
+            Ask::Fetch { key, recipe, forks } => match self.fetch(&key, &recipe) {
+                Ok(Some(Found { snapshot, stem })) => {
+                    hand_over(&connection, &snapshot, stem.filter(|_| forks).as_deref()).await?;
                     if let Ok(plan) = Plan::of(&recipe) {
                         self.keep_spares(&recipe, &plan);
                     }
@@ -110,7 +129,7 @@ impl Factory {
             },
             Ask::Take(take) => return self.take(&connection, &take, fds).await,
             Ask::Broken { key } => {
-                self.settle(&key, State::Failed("a clone of it did not come up".to_owned()));
+                self.doubt(&key);
                 Answer::Done
             }
             Ask::Status => Answer::Status(self.status()),
@@ -134,17 +153,14 @@ impl Factory {
 
     /// The template, if it is ready. One that is not known begins to be made; one that
     /// failed is told to nobody but who asks for it by `init`.
-    fn fetch(
-        self: &Arc<Self>,
-        key: &str,
-        recipe: &Recipe,
-    ) -> Result<Option<Arc<Snapshot>>, String> {
+    fn fetch(self: &Arc<Self>, key: &str, recipe: &Recipe) -> Result<Option<Found>, String> {
         let now = self.tick();
         if let Some(template) = lock(&self.templates).get_mut(key) {
             return Ok(match &template.state {
                 State::Ready(snapshot) => {
                     (template.used, template.clones) = (now, template.clones + 1);
-                    Some(Arc::clone(snapshot))
+                    template.stem.take_if(|stem| !stem.stands());
+                    Some(Found { snapshot: Arc::clone(snapshot), stem: template.stem.clone() })
                 }
                 State::Making | State::Failed(_) => None,
             });
@@ -211,6 +227,7 @@ impl Factory {
             vcpus: plan.sizing.vcpus,
             state: State::Making,
             settled,
+            stem: None,
             clones: 0,
             used: self.tick(),
         };
@@ -218,7 +235,7 @@ impl Factory {
         let (factory, recipe) = (Arc::clone(self), recipe.clone());
         tokio::spawn(async move {
             let _in_turn = factory.making.lock().await;
-            let state = match plan.make().await {
+            let made = match plan.make().await {
                 Ok(snapshot) => {
                     tracing::info!(template = name(&plan.key), "template made");
                     State::Ready(Arc::new(snapshot))
@@ -229,17 +246,34 @@ impl Factory {
                     State::Failed(why)
                 }
             };
-            factory.settle(&plan.key, state);
+            let ready = matches!(made, State::Ready(_));
+            factory.with(&plan.key, |template| template.state = made);
+            if ready && plan.forks {
+                let stem = stem(&recipe, &plan.key).await;
+                factory.with(&plan.key, |template| template.stem = stem);
+            }
+            factory.with(&plan.key, |template| {
+                template.settled.send_replace(true);
+            });
             factory.keep_spares(&recipe, &plan);
         });
         waits
     }
 
-    fn settle(&self, key: &str, state: State) {
+    /// Does this with a template, if there is such a one.
+    fn with(&self, key: &str, act: impl FnOnce(&mut Template)) {
         if let Some(template) = lock(&self.templates).get_mut(key) {
-            template.state = state;
-            template.settled.send_replace(true);
+            act(template);
         }
+    }
+
+    /// A machine of it did not come up. It was a fork if there are any, and clones may do better.
+    fn doubt(&self, key: &str) {
+        self.with(key, |template| {
+            if template.stem.take().is_none() {
+                template.state = State::Failed("a clone of it did not come up".to_owned());
+            }
+        });
     }
 
     /// Drops what nobody could ask for any more, and what was used least recently.
@@ -274,15 +308,43 @@ impl Factory {
             },
             memory_mib: template.memory_mib,
             vcpus: template.vcpus,
-            bytes: match &template.state {
-                State::Ready(snapshot) => snapshot.bytes().unwrap_or(0),
-                State::Making | State::Failed(_) => 0,
-            },
+            bytes: template.bytes(),
+            forks: template.stem.as_ref().is_some_and(|stem| stem.stands()),
             clones: template.clones,
             spares: self.pool.count(key).0,
             spares_wanted: self.pool.count(key).1,
         };
         templates.iter().map(status).collect()
+    }
+}
+
+/// What there is of a template, to be forked if it can.
+async fn hand_over(
+    connection: &Packets,
+    snapshot: &Snapshot,
+    stem: Option<&Standing>,
+) -> io::Result<()> {
+    if let Some(stem) = stem {
+        match stem.line().await {
+            Ok(line) => {
+                let answer = serde_json::to_vec(&Answer::Stem)?;
+                return connection.send(&answer, &[line.as_fd(), stem.memory()]).await;
+            }
+            Err(error) => tracing::warn!(%error, "a machine is cloned that was to be forked"),
+        }
+    }
+    connection.send(&serde_json::to_vec(&Answer::Template)?, &snapshot.fds()).await
+}
+
+/// A stem of this template; none, and a warning, when it cannot be made.
+async fn stem(recipe: &Recipe, key: &str) -> Option<Arc<Standing>> {
+    match Standing::make(recipe).await {
+        Ok(stem) => Some(Arc::new(stem)),
+        Err(error) => {
+            let why = chain(&error);
+            tracing::warn!(template = name(key), why, "machines are cloned, not forked");
+            None
+        }
     }
 }
 

@@ -1,7 +1,6 @@
 //! A spare sandbox server: it makes a machine, lets it stand still, and waits for a sandbox.
 
 use super::client::failed;
-use super::make::NIC;
 use super::pool::LINE_FD;
 use super::recipe::Recipe;
 use super::rehearsal::Rehearsal;
@@ -17,7 +16,7 @@ use crate::vm_config::{self, Later};
 use crate::{SandboxDir, SandboxError};
 use kata_channel::HostChannel;
 use kata_config::{SandboxConfig, Sizing};
-use kata_hypervisor::{Hypervisor, Qemu};
+use kata_hypervisor::{CloneMemory, Hypervisor, Qemu, Start, Stem, VmConfig};
 use kata_network::{Model, Netns};
 use kata_oci::Spec;
 use kata_protocol::Id;
@@ -27,10 +26,17 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Mutex;
 use std::time::Duration;
 
-/// A machine that stands still: its agent has answered, and has built a container once.
+/// A machine that waits for a sandbox.
 pub(crate) struct Warm {
     /// Of which sandboxes it can be.
     pub recipe: Recipe,
+    pub machine: Rehearsed,
+    /// The factory makes another one when this is dropped.
+    pub line: Packets,
+}
+
+/// A machine whose agent has answered, and has built a container once.
+pub(crate) struct Rehearsed {
     pub config: SandboxConfig,
     pub sizing: Sizing,
     /// With the NIC that waits, in a namespace where nothing else is.
@@ -38,8 +44,15 @@ pub(crate) struct Warm {
     pub share: Share,
     pub hypervisor: Qemu,
     pub agent: Agent,
-    /// The factory makes another one when this is dropped.
-    pub line: Packets,
+}
+
+/// What a machine is made to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// The machine of one sandbox.
+    Spare,
+    /// To be forked.
+    Stem,
 }
 
 /// What a spare server goes on with.
@@ -51,6 +64,8 @@ pub struct Taken {
     pub fds: Vec<OwnedFd>,
 }
 
+/// The host's random numbers.
+const RANDOM: &str = "/dev/urandom";
 /// What names of spares begin with. No engine's sandbox has such a name.
 pub(super) const PREFIX: &str = "spare+";
 
@@ -89,9 +104,11 @@ async fn wait(
     dir: &SandboxDir,
     line: Packets,
 ) -> Result<Option<Taken>, SandboxError> {
-    let mut warm = Warm::prepare(recipe, id, dir, line).await?;
+    let mut machine = Rehearsed::prepare(&recipe, id, dir, Purpose::Spare).await?;
+    machine.hypervisor.pause().await?;
+    let mut warm = Warm { recipe, machine, line };
     tell(&warm.line, &FromSpare::Ready).await?;
-    let mut exited = warm.hypervisor.exited();
+    let mut exited = warm.machine.hypervisor.exited();
     let order = tokio::select! {
         order = warm.line.receive() => order.map_err(failed("hear of a sandbox"))?,
         exit = exited.wait() => return Err(SandboxError::Lost(exit.to_string())),
@@ -105,7 +122,7 @@ async fn wait(
 }
 
 /// Without the right to lower it, what is inherited stays.
-fn set_oom_score(pid: i32, score: i32) {
+pub(super) fn set_oom_score(pid: i32, score: i32) {
     let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string());
 }
 
@@ -119,9 +136,10 @@ impl Warm {
     fn move_to(&mut self, take: &Take, from: &SandboxDir) -> Result<(), SandboxError> {
         let to = SandboxDir::of(&take.sandbox.parse()?);
         let mut state = StateFile::open(to.clone());
-        let devices = self.share.process().map(|process| (process.pid(), "devices process"));
+        let Rehearsed { share, hypervisor, .. } = &mut self.machine;
+        let devices = share.process().map(|process| (process.pid(), "devices process"));
         let own = (std::process::id().cast_signed(), SERVER_ROLE);
-        let all = [Some(own), Some((self.hypervisor.pid(), MACHINE_ROLE)), devices];
+        let all = [Some(own), Some((hypervisor.pid(), MACHINE_ROLE)), devices];
         for (pid, role) in all.into_iter().flatten() {
             state.record_process(pid, role)?;
             set_oom_score(pid, take.oom_score_adj);
@@ -133,16 +151,19 @@ impl Warm {
             from.remove()
         };
         log().map_err(failed("take over a spare's directory"))?;
-        self.share.move_to(&to);
+        share.move_to(&to);
         self.recipe = take.recipe.clone();
         Ok(())
     }
+}
 
-    async fn prepare(
-        recipe: Recipe,
+impl Rehearsed {
+    /// Clones a machine from the template of this recipe, which exists, and lets it rehearse.
+    pub(super) async fn prepare(
+        recipe: &Recipe,
         id: &Id,
         dir: &SandboxDir,
-        line: Packets,
+        purpose: Purpose,
     ) -> Result<Self, SandboxError> {
         let mut state = StateFile::open(dir.clone());
         state.record_process(std::process::id().cast_signed(), "spare")?;
@@ -170,8 +191,11 @@ impl Warm {
         let power =
             Power { boot: &boot, config: &config, sizing: &sizing, state: &state, stages: &stages };
         let none = || SandboxError::Factory("there is no template to make a spare of".to_owned());
-        let (_, clone) = power.template(&recipe).await.ok_or_else(none)?;
-        let (share, mut hypervisor) = power.on(&mut network, clone, Some(NIC)).await?;
+        let mut clone = power.template(recipe, false).await.ok_or_else(none)?;
+        if purpose == Purpose::Stem {
+            to_be_forked(&mut clone.vm);
+        }
+        let (share, mut hypervisor) = power.clone_on(&mut network, clone.vm, None).await?;
         let mut network = network.ok_or_else(none)?;
         let socket = hypervisor.take_agent_socket();
         let socket = socket.ok_or(SandboxError::Unsupported("a spare without a serial channel"))?;
@@ -192,8 +216,41 @@ impl Warm {
             network: &mut network,
         };
         rehearsal.run(dir.path()).await?;
-        let mut hypervisor = hypervisor.into_inner();
-        hypervisor.pause().await?;
-        Ok(Self { recipe, config, sizing, network, share, hypervisor, agent, line })
+        let hypervisor = hypervisor.into_inner();
+        Ok(Self { config, sizing, network, share, hypervisor, agent })
     }
+
+    /// Brings the machine to a stand, to be forked: without its share, with an agent that waits
+    /// for another connection. What comes along must stay as long as it.
+    pub(super) async fn stand_still(self) -> Result<(Stem, impl Sized), SandboxError> {
+        let Self { network, share, mut hypervisor, agent, .. } = self;
+        let parking = hypervisor.parking().await?;
+        let refused = async {
+            match agent.leave().await {
+                Err(error @ SandboxError::Agent { .. }) => error,
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            parked = hypervisor.parked(parking) => parked?,
+            error = refused => return Err(error),
+        }
+        hypervisor.unplug_share().await?;
+        hypervisor.pause().await?;
+        share.end();
+        let stem = Stem::new(hypervisor)?;
+        // The channel says goodbye when it is dropped, and forks would hear that.
+        Ok((stem, (agent, network)))
+    }
+}
+
+/// Makes the machine that is started one that can be forked: it has memory of its own, so that
+/// there is one file with all of it; its random numbers are the host's, as its monitor's would
+/// come twice; and its name has room for any other.
+fn to_be_forked(vm: &mut VmConfig) {
+    if let Start::Clone { memory, .. } = &mut vm.start {
+        *memory = CloneMemory::Copied;
+    }
+    vm.entropy.get_or_insert_with(|| RANDOM.into());
+    vm.id = Stem::name();
 }

@@ -2,6 +2,7 @@
 
 use super::recipe::Recipe;
 use crate::RUN_DIR;
+use kata_hypervisor::CloneMemory;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -24,6 +25,8 @@ pub(super) enum Ask {
     Fetch {
         key: String,
         recipe: Recipe,
+        /// A fork of it is as good.
+        forks: bool,
     },
     /// Make it now, and say when it is there.
     Make {
@@ -46,6 +49,9 @@ pub(super) enum Ask {
 pub(super) enum Answer {
     /// The template comes along as two descriptors: memory and devices.
     Template,
+    /// A machine stands still, of which forks can be had. With it come a line to its keeper
+    /// and its memory.
+    Stem,
     /// There is none so far.
     NotYet,
     /// A spare server is the sandbox's now.
@@ -81,6 +87,25 @@ pub(super) enum FromSpare {
     Taken,
 }
 
+/// What the keeper of a stem is asked, with the descriptors that belong to it.
+#[derive(Debug, Deserialize, Serialize)]
+pub(super) struct Order {
+    /// Name of the machine.
+    pub id: String,
+    pub memory: CloneMemory,
+}
+
+/// What the keeper of a stem says to who asked for a fork.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum FromStem {
+    /// There it is, with this pid; its pidfd comes along.
+    Forked(i32),
+    /// It ended, with this status as of wait(2).
+    Ended(i32),
+    Failed(String),
+}
+
 /// One template, as `factory status` shows it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct TemplateStatus {
@@ -94,7 +119,9 @@ pub struct TemplateStatus {
     pub vcpus: u32,
     /// Bytes of the host's memory that it takes.
     pub bytes: u64,
-    /// Clones that were made of it.
+    /// Whether machines are forked from it.
+    pub forks: bool,
+    /// Clones and forks that were made of it.
     pub clones: u64,
     /// Clones that wait for a sandbox.
     pub spares: u32,

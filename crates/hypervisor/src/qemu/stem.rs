@@ -1,0 +1,277 @@
+//! Machines that go on where another one stands still: its monitor is forked.
+//!
+//! Under TCG most of a clone's start is to translate what its template had translated: the
+//! guest's code, which no snapshot has. A fork inherits it. The machine that is forked, the
+//! [`Stem`], is a clone with memory of its own that has met its agent and left it again; it has
+//! no share, as that is plugged into each fork, and 9p's is another file system in each. What else a fork has of
+//! its own is what leads to its server (sockets, taps) and what QEMU keeps for itself
+//! (`kata_fork`).
+//!
+//! The fork has the jail of the stem, in namespaces of its own, and less: of 9p's capabilities
+//! it has those over files, but cannot make devices, which takes the host's own.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::process::ExitStatus;
+use std::sync::Arc;
+
+use kata_fork::{Forked, Frozen, Memory, Plan};
+use kata_jail::{Capability, Child};
+use serde_json::json;
+
+use super::args::{LateShare, Numbers, SHARE_SOCKET, name};
+use super::cage::SHARE;
+use super::ends::{Ends, TheirEnds};
+use super::qmp::{ChardevAdd, ChardevRemove, Getfd};
+use super::{Backend, COMMAND, Ports, Qemu};
+use crate::config::{Machine, Nic, Share, VmConfig};
+use crate::error::{HypervisorError, host};
+use crate::snapshot::{self, CloneMemory, ForkOrder, Start};
+use crate::{DeviceId, Hypervisor};
+
+/// Under this name QEMU has the connection of a share before it is one.
+const SHARE_FD: &str = "share-socket";
+/// Number of standard error.
+const STDERR: RawFd = 2;
+/// Longest name of a fork's machine.
+const NAME_ROOM: usize = 160;
+/// What 9p needs of the rights of root over files.
+const OVER_FILES: [Capability; 5] = [
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Setfcap,
+];
+
+/// A machine that stands still, to be forked.
+///
+/// All calls have to be made by the thread that made it stand still.
+#[derive(Debug)]
+pub struct Stem {
+    /// Before the monitor, which learns of its end by this.
+    frozen: Frozen,
+    qemu: Qemu,
+    memory: OwnedFd,
+    /// What a fork's descriptors stand for, in the order in which they come.
+    numbers: Vec<RawFd>,
+    /// Where 9p has the share.
+    root: Option<RawFd>,
+    name: String,
+}
+
+impl Stem {
+    /// The name of a machine that is to stand still: it has room for that of any fork.
+    pub fn name() -> String {
+        format!("stem{}", "-".repeat(NAME_ROOM))
+    }
+
+    /// Brings a machine to a stand, which has stopped, has no share plugged, and whose agent
+    /// waits for another connection.
+    ///
+    /// # Errors
+    /// It is no clone with memory of its own, or its monitor cannot be forked.
+    pub fn new(mut qemu: Qemu) -> Result<Self, HypervisorError> {
+        let memory = qemu.memory.take();
+        let memory = memory.ok_or(HypervisorError::State("no clone with a copy of its memory"))?;
+        let running = qemu.running()?;
+        let numbers = running.numbers.clone();
+        let frozen = Frozen::freeze(running.child.pid(), memory.as_fd())?;
+        let root = root_of_9p(frozen.pid()).map_err(host("find the share of a monitor"))?;
+        let sockets = [Some(numbers.qmp), Some(numbers.console), numbers.agent, Some(STDERR)];
+        let numbers = sockets.into_iter().flatten().chain(numbers.taps).collect();
+        Ok(Self { frozen, qemu, memory, numbers, root, name: name(&Self::name()) })
+    }
+
+    /// Its memory, from which a fork's is copied.
+    pub fn memory(&self) -> BorrowedFd<'_> {
+        self.memory.as_fd()
+    }
+
+    /// Whether it still stands; none of its forks lives if not.
+    pub fn stands(&self) -> bool {
+        self.frozen.stands()
+    }
+
+    /// Makes a monitor with these descriptors, which come from [`Qemu::order`].
+    ///
+    /// # Errors
+    /// Nothing of it is left then.
+    pub fn fork(
+        &self,
+        id: &str,
+        memory: CloneMemory,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<Forked, HypervisorError> {
+        let own = match memory {
+            CloneMemory::Copied => fds.pop(),
+            CloneMemory::Private => None,
+        };
+        if fds.len() != self.numbers.len() || own.is_some() != (memory == CloneMemory::Copied) {
+            return Err(HypervisorError::Config(
+                "a fork needs a descriptor for each of the stem's",
+            ));
+        }
+        let given: Vec<_> = self.numbers.iter().copied().zip(fds.iter().map(AsFd::as_fd)).collect();
+        let share = CString::new(SHARE).unwrap_or_default();
+        let emptied: Vec<_> = self.root.iter().map(|root| (*root, share.as_c_str())).collect();
+        let kept = if self.root.is_some() { &OVER_FILES[..] } else { &[] };
+        let plan = Plan {
+            given: &given,
+            emptied: &emptied,
+            memory: match &own {
+                Some(own) => Memory::Shared(own.as_fd()),
+                None => Memory::Private,
+            },
+            argument: (&self.name, &name(id)),
+            capabilities: kept.iter().fold(0, |all, capability| all | 1 << *capability as u64),
+        };
+        Ok(self.frozen.fork(&plan)?)
+    }
+
+    /// How a fork ended, if it has.
+    ///
+    /// # Errors
+    /// The machine that stands still has ended.
+    pub fn reap(&self, forked: &Forked) -> Result<Option<ExitStatus>, HypervisorError> {
+        Ok(self.frozen.reap(forked)?)
+    }
+
+    /// The monitor that stands still.
+    pub fn pid(&self) -> i32 {
+        self.qemu.pid()
+    }
+
+    /// Ends it, and all its forks; returns when it is gone.
+    pub async fn end(self) {
+        let Self { frozen, qemu, .. } = self;
+        qemu.watch.expect_end();
+        drop(frozen);
+        qemu.exited().wait().await;
+    }
+}
+
+/// A machine whose monitor is being forked.
+#[derive(Debug)]
+pub(super) struct Ordered {
+    config: VmConfig,
+    ends: Ends,
+}
+
+/// Where the monitor's 9p server begins to look for files, if it has one.
+fn root_of_9p(pid: i32) -> std::io::Result<Option<RawFd>> {
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        if std::fs::read_link(entry.path())?.as_os_str() == SHARE {
+            return Ok(entry.file_name().to_str().and_then(|name| name.parse().ok()));
+        }
+    }
+    Ok(None)
+}
+
+impl Qemu {
+    /// Takes the share out of a machine that is to be a stem. Nothing of it is mounted any more.
+    ///
+    /// # Errors
+    /// The guest does not let go of it.
+    pub async fn unplug_share(&mut self) -> Result<(), HypervisorError> {
+        let ports = self.running()?.ports.iter().flatten();
+        let mut shares = ports.filter(|port| matches!(port.backend, Backend::Share));
+        let Some(id) = shares.next().map(|port| DeviceId(port.id.0.clone())) else {
+            return Ok(());
+        };
+        self.unplug(&id).await?;
+        let connection = ChardevRemove { id: SHARE_SOCKET.to_owned() };
+        self.ask("remove the connection of the share", &connection).await.map(drop)
+    }
+
+    /// Begins the start of a machine as a fork: what the keeper of its stem is to be asked, to
+    /// have [`Stem::fork`] done. [`Qemu::forked`] goes on with what comes of it.
+    ///
+    /// # Errors
+    /// It is to be none, or the host refuses what it needs.
+    pub async fn order(&mut self) -> Result<ForkOrder, HypervisorError> {
+        let mut config = self.config.take().ok_or(HypervisorError::State("started already"))?;
+        let Start::Fork { from, memory } = std::mem::take(&mut config.start) else {
+            return Err(HypervisorError::State("none that is forked"));
+        };
+        if config.id.len() > NAME_ROOM {
+            return Err(HypervisorError::Config("a fork's name has at most 160 characters"));
+        }
+        let (ends, theirs) = Ends::new(&config.channel)?;
+        let TheirEnds { qmp, console, agent, stderr } = theirs;
+        let mut fds: Vec<OwnedFd> =
+            [Some(qmp), Some(console), agent, Some(stderr)].into_iter().flatten().collect();
+        for Nic { tap, .. } in std::mem::take(&mut config.nics) {
+            ready(&tap).map_err(host("set up a tap for a fork"))?;
+            fds.push(tap);
+        }
+        if memory == CloneMemory::Copied {
+            let own = snapshot::guest_memory(config.memory_mib).map_err(host("make memory"))?;
+            let to = own.try_clone().map_err(host("share memory"))?;
+            let copy =
+                tokio::task::spawn_blocking(move || snapshot::copy(from.as_fd(), to.as_fd()));
+            let copied = copy.await.map_err(host("copy the template's memory"))?;
+            copied.map_err(host("copy the template's memory"))?;
+            self.reached("memory copied");
+            fds.push(own);
+        }
+        let id = config.id.clone();
+        self.ordered = Some(Ordered { config, ends });
+        Ok(ForkOrder { id, memory, fds })
+    }
+
+    /// Lets the machine of a monitor that was forked go on.
+    ///
+    /// # Errors
+    /// None was ordered, or the monitor refuses.
+    pub async fn forked(&mut self, child: Child) -> Result<(), HypervisorError> {
+        let ordered = self.ordered.take().ok_or(HypervisorError::State("not ordered"))?;
+        let Ordered { config, ends } = ordered;
+        tracing::debug!(id = config.id, pid = child.pid(), "qemu forked");
+        // It has been spoken with before.
+        let (_, up) = tokio::sync::watch::channel(true);
+        let count = if self.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
+        let ports = Ports { count, vhost_net: false, numbers: Numbers::default() };
+        self.follow(Arc::new(child), ends, up, ports)?;
+        self.reached("monitor forked");
+        if let Some(Share::VhostUserFs { socket, tag, queue_size }) = config.share {
+            self.connect_share(&socket).await?;
+            self.plug_share(LateShare { tag, queue_size }).await?;
+            self.reached("share plugged");
+        }
+        self.resume().await
+    }
+
+    async fn connect_share(&mut self, socket: &OwnedFd) -> Result<(), HypervisorError> {
+        const STEP: &str = "connect the share";
+        let qmp = self.running()?.qmp.clone();
+        let named = Getfd { fdname: SHARE_FD.to_owned() };
+        let answer = qmp.call_with_fd(&named, Some(socket.as_fd()), COMMAND).await;
+        self.explain(STEP, answer).await?;
+        let address = json!({ "type": "fd", "data": { "str": SHARE_FD } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        self.ask(STEP, &ChardevAdd { id: SHARE_SOCKET.to_owned(), backend }).await.map(drop)
+    }
+}
+
+/// Sets a tap up as QEMU has set up the one that this one stands for: it asks the guest's
+/// driver, which is Linux's, and takes all of these.
+fn ready(tap: &OwnedFd) -> std::io::Result<()> {
+    /// Length of the header before each frame (virtio 1.2, 5.1.6: with `num_buffers`).
+    const HEADER: libc::c_int = 12;
+    /// `TUNSETVNETHDRSZ` and `TUNSETOFFLOAD` (linux/if_tun.h).
+    const SET_HEADER: libc::c_ulong = 0x4004_54d8;
+    const SET_OFFLOAD: libc::c_ulong = 0x4004_54d0;
+    /// Checksums, and segments of TCP over IPv4 and IPv6, with congestion marks.
+    const OFFLOADS: libc::c_ulong = 0x01 | 0x02 | 0x04 | 0x08;
+    // SAFETY: the first reads an int, which lives; the second takes a number.
+    let set = unsafe {
+        let header = HEADER;
+        match libc::ioctl(tap.as_raw_fd(), SET_HEADER, &raw const header) {
+            0 => libc::ioctl(tap.as_raw_fd(), SET_OFFLOAD, OFFLOADS),
+            failed => failed,
+        }
+    };
+    if set < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
