@@ -15,8 +15,11 @@ use crate::{THEIRS, in_turn, memory, stages, timed};
 const WAYS: [(&str, &str, f64); 2] =
     [("virtio-fs", "kata-template", 180.0), ("9p", "kata-template-9p", 110.0)];
 
+/// What an idle one may take, all processes together, MiB.
+const IDLE: f64 = 40.0;
+
 /// Templates are made beforehand, and forgotten afterwards.
-pub fn measure(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> {
+pub fn measure(docker: &Docker, runs: usize, short: bool, report: &mut Report) -> Result<()> {
     for (share, runtime, bound) in WAYS {
         eprintln!("bench: clones that share by {share}, {runs} runs");
         let config = docker.arena.work.join(format!("{runtime}.toml"));
@@ -30,12 +33,11 @@ pub fn measure(docker: &Docker, runs: usize, report: &mut Report) -> Result<()> 
         let what = format!("VM exec to agent ready, cloned ({share})");
         let options = format!("--runtime {runtime}");
         stages::measure(docker, &options, (&what, bound), runs, report, || Ok(()))?;
-        memory::measure(
-            docker,
-            &format!("--runtime {runtime}"),
-            &format!("clone ({share})"),
-            report,
-        )?;
+        memory::measure(docker, &options, &format!("clone ({share})"), report)?;
+        if !short {
+            let (what, numbers) = (format!("clone ({share})"), memory::NUMBERS);
+            memory::by_number(docker, &options, &what, numbers, Some(IDLE), report)?;
+        }
         command::ok(Command::new(CTL).args(["factory", "destroy"]))?;
     }
     Ok(())

@@ -73,10 +73,10 @@ fn measure(arena: &Arena) -> Result<()> {
         stages::measure(&docker, "", (what, 750.0), runs, &mut report, || Ok(()))?;
         docker_exec(&docker, runs, &mut report)?;
         memory::measure(&docker, "", "container", &mut report)?;
-        clones::measure(&docker, runs, &mut report)?;
+        clones::measure(&docker, runs, short, &mut report)?;
         clones::measure_spares(&docker, runs, &mut report)?;
         if !short {
-            memory::by_number(&docker, "", "container", &[1, 5, 10, 20], &mut report)?;
+            memory::by_number(&docker, "", "container", memory::NUMBERS, None, &mut report)?;
             stdio::measure(&docker, &mut report)?;
             load::measure(&docker, &mut report)?;
             burst::measure(&docker, &[10, 20], &mut report)?;

@@ -45,6 +45,9 @@ pub fn measure(docker: &Docker, options: &str, what: &str, report: &mut Report) 
     Ok(())
 }
 
+/// How many idle ones there are when it is measured what each of many takes.
+pub const NUMBERS: &[usize] = &[1, 5, 10, 20];
+
 /// PSS of containerd's shim for this pod, MiB.
 pub fn of_shim(pod: &str) -> Result<f64> {
     leaks::processes_of(pod, Part::Shim)?.into_iter().map(|pid| pss(pid.unsigned_abs())).sum()
@@ -56,6 +59,7 @@ pub fn by_number(
     options: &str,
     what: &str,
     numbers: &[usize],
+    bound: Option<f64>,
     report: &mut Report,
 ) -> Result<()> {
     let mut containers = Vec::new();
@@ -74,7 +78,7 @@ pub fn by_number(
             &format!("{number} idle {what}s, PSS of each"),
             sum / *number as f64,
             "MiB",
-            None,
+            bound,
         );
     }
     Ok(())

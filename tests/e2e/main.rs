@@ -9,6 +9,7 @@ mod ctl;
 mod deploy;
 mod docker;
 mod failure;
+mod forks;
 mod kvm;
 mod podman;
 mod spares;
@@ -123,6 +124,9 @@ impl Suites<'_> {
             });
         }
         self.one(&named("templates"), runtime, templates::trials(), |arena| {
+            templates::start(arena, runtime, probe)
+        });
+        self.one(&named("templates"), runtime, forks::trials(), |arena| {
             templates::start(arena, runtime, probe)
         });
         self.one(&named("templates"), runtime, spares::trials(), |arena| {

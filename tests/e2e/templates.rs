@@ -103,6 +103,8 @@ fn template_is_made_beside_the_first_sandbox(templates: &Templates) -> Result<()
     command::eventually("the template is there", Duration::from_secs(60), || {
         Ok(status()?.contains("ready"))
     })?;
+    // And the machine that stands still, which is a clone, too.
+    ready(templates, "kata-template")?;
     let before = clones()?;
     ensure!(templates.docker.sh(CLONE, "echo cloned")? == "cloned");
     ensure!(clones()? == before + 1, "{}", status()?);
@@ -262,9 +264,8 @@ fn trace_names_every_stage_of_a_start(templates: &Templates) -> Result<()> {
     let table = command::ok(&mut ctl(&format!("trace {}", &id[..12])))?.out();
     let stages = [
         "share started",
-        "monitor answers",
         "memory copied",
-        "devices restored",
+        "monitor forked",
         "share plugged",
         "agent ready",
         "container created",

@@ -1,0 +1,235 @@
+//! Machines that are forked from one that stands still, under Docker.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kata_e2e::command::{self, words};
+use kata_e2e::docker::Container;
+use kata_e2e::leaks::{self, Part};
+use kata_e2e::runner::Trial;
+use kata_e2e::trials;
+
+use super::templates::{Templates, ctl, ready, status};
+
+pub fn trials() -> Vec<Trial<Templates>> {
+    trials!["forks":
+        Kata: sandbox_is_forked_into_a_jail_of_its_own, many_at_once_are_forked,
+            fork_by_nine_p_has_the_owners_of_files, killed_server_takes_its_fork_along,
+            killed_fork_is_told_and_leaves_nothing, stem_stays_as_long_as_its_forks,
+            killed_stem_ends_its_forks_and_machines_are_cloned;
+    ]
+}
+
+/// The runtimes of the harness that have a template, and how a sandbox gets one.
+const KINDS: [(&str, &str); 2] = [
+    ("kata-template", "--runtime kata-template"),
+    ("kata-template-9p", "--runtime kata-template-9p"),
+];
+/// What holds a machine that stands still.
+const STEM: &str = "kata-stem";
+
+fn id(templates: &Templates, name: &str) -> Result<String> {
+    templates.docker.ok(&format!("inspect --format '{{{{.Id}}}}' {name}"))
+}
+
+/// The monitor of a container.
+fn monitor(templates: &Templates, container: &Container<'_>) -> Result<i32> {
+    let pids = leaks::processes_of(&id(templates, &container.name)?, Part::Hypervisor)?;
+    ensure!(pids.len() == 1, "{pids:?}");
+    Ok(pids[0])
+}
+
+/// How a container's machine came to life.
+fn trace(templates: &Templates, container: &Container<'_>) -> Result<String> {
+    let line = format!("trace {}", id(templates, &container.name)?);
+    Ok(command::ok(&mut ctl(&line))?.out())
+}
+
+fn forked<'a>(templates: &'a Templates, options: &str) -> Result<Container<'a>> {
+    let container = templates.docker.sleeper(options)?;
+    let trace = trace(templates, &container)?;
+    ensure!(trace.contains("monitor forked"), "it was not forked:\n{trace}");
+    Ok(container)
+}
+
+/// Two forks and their stem share no namespace in which they could meet, have no rights but
+/// those over files, and cannot look into each other.
+fn sandbox_is_forked_into_a_jail_of_its_own(templates: &Templates) -> Result<()> {
+    for (name, options) in KINDS {
+        ready(templates, name)?;
+        ensure!(status()?.contains("yes"), "{}", status()?);
+        let containers = [forked(templates, options)?, forked(templates, options)?];
+        let mut pids =
+            vec![monitor(templates, &containers[0])?, monitor(templates, &containers[1])?];
+        for pid in &pids {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+            let value = |key: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(key));
+                line.map(|value| value.trim().to_owned()).context(status.clone())
+            };
+            let rights =
+                if options.ends_with("9p") { "000000008000001b" } else { "0000000000000000" };
+            ensure!(value("CapPrm:")? == rights && value("CapEff:")? == rights, "{status}");
+            ensure!(value("Seccomp:")? == "2" && value("NoNewPrivs:")? == "1", "{status}");
+            ensure!(value("TracerPid:")? == "0", "{status}");
+            let user: u32 = value("Uid:")?.split_whitespace().next().context("a user")?.parse()?;
+            ensure!(user != 0, "{status}");
+            // The kernel shows root's what its own user may not see either.
+            ensure!(
+                fs::metadata(format!("/proc/{pid}/environ"))?.uid() == 0,
+                "{pid} can be dumped"
+            );
+            let seen = fs::read_dir(format!("/proc/{pid}/root/proc"))?.flatten();
+            let seen = seen.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+            ensure!(seen.eq([1]), "{pid} sees others");
+            let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+            ensure!(cgroup.contains(&templates.docker.arena.name), "{cgroup}");
+        }
+        let stem = leaks::processes_of("sandbox-stem", Part::Hypervisor)?;
+        ensure!(stem.len() == 1, "{stem:?}");
+        pids.extend(stem);
+        for kind in ["user", "pid", "mnt", "net", "ipc", "uts"] {
+            let link = |pid: &i32| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+            let different = pids.iter().map(link).collect::<Result<BTreeSet<_>, _>>()?;
+            ensure!(different.len() == 3, "{kind}: {different:?}");
+        }
+        // Nor would one of them be let into another that it sees.
+        let [one, _] = [pids[0], pids[1]];
+        let user = fs::read_to_string(format!("/proc/{one}/status"))?;
+        let user = user.lines().find_map(|line| line.strip_prefix("Uid:")).context("a user")?;
+        let user = user.split_whitespace().next().context("a user")?;
+        let line = format!(
+            "nsenter -t {one} -p setpriv --reuid {user} --clear-groups --inh-caps=-all \
+             --bounding-set=-all cat /proc/{}/environ",
+            pids[1]
+        );
+        let words = words(&line);
+        let mut look = std::process::Command::new(&words[0]);
+        let refused = command::run(look.args(&words[1..]))?;
+        ensure!(refused.err().contains("Permission denied"), "{refused}");
+        command::ok(&mut ctl("factory destroy"))?;
+    }
+    Ok(())
+}
+
+fn many_at_once_are_forked(templates: &Templates) -> Result<()> {
+    const MANY: usize = 8;
+    for (name, options) in KINDS {
+        ready(templates, name)?;
+        let line = format!("{options} --network none");
+        let said = std::thread::scope(|scope| {
+            let run = |number: usize| {
+                let line = &line;
+                scope.spawn(move || {
+                    templates
+                        .docker
+                        .sh(line, &format!("echo {number}; cat /proc/sys/kernel/random/boot_id"))
+                })
+            };
+            let runs: Vec<_> = (0..MANY).map(run).collect();
+            runs.into_iter()
+                .map(|run| run.join().map_err(|_| anyhow::anyhow!("it panicked"))?)
+                .collect::<Result<BTreeSet<_>>>()
+        })?;
+        let boots: BTreeSet<&str> = said.iter().filter_map(|said| said.lines().nth(1)).collect();
+        ensure!(said.len() == MANY && boots.len() == MANY, "{said:?}");
+        command::ok(&mut ctl("factory destroy"))?;
+    }
+    Ok(())
+}
+
+/// What root may do to files it may do in a fork as well. What one fork has mounted is not seen
+/// in another.
+fn fork_by_nine_p_has_the_owners_of_files(templates: &Templates) -> Result<()> {
+    let (name, options) = KINDS[1];
+    ready(templates, name)?;
+    let one = forked(templates, options)?;
+    let said = one.exec(
+        "touch /f && chown 1234:5678 /f && chmod 4751 /f && stat -c '%u %g %a' /f; \
+         ln -s f /l && readlink /l; mkdir -m 700 /d && chown 99 /d && touch /d/f && stat -c %u /d/f",
+    )?;
+    ensure!(said == "1234 5678 4751\nf\n0", "{said}");
+    let shared = |container: &Container<'_>| -> Result<Vec<String>> {
+        let pid = monitor(templates, container)?;
+        let names = fs::read_dir(format!("/proc/{pid}/root/share"))?;
+        Ok(names.flatten().map(|name| name.file_name().to_string_lossy().into_owned()).collect())
+    };
+    let other = forked(templates, options)?;
+    let (ours, theirs) = (shared(&one)?, shared(&other)?);
+    ensure!(
+        !ours.is_empty() && ours.iter().all(|name| !theirs.contains(name)),
+        "{ours:?} {theirs:?}"
+    );
+    // It lives on as its stem's share does when the last thing in it goes.
+    drop(one);
+    ensure!(forked(templates, options)?.exec("cat /f 2>/dev/null; echo none")? == "none");
+    Ok(())
+}
+
+fn killed_server_takes_its_fork_along(templates: &Templates) -> Result<()> {
+    for (name, options) in KINDS {
+        ready(templates, name)?;
+        let container = forked(templates, options)?;
+        let id = id(templates, &container.name)?;
+        let server = leaks::processes_named(&format!("kata-sandbox {id}"))?;
+        ensure!(server.len() == 1, "{server:?}");
+        leaks::kill_and_wait(&server)?;
+        command::eventually("its fork is gone", Duration::from_secs(5), || {
+            Ok(leaks::processes_of(&id, Part::Hypervisor)?.is_empty())
+        })?;
+        templates.docker.until(&container.name, "{{.State.Running}}", "false")?;
+        drop(container);
+        leaks::expect_no_trace(&[&id])?;
+    }
+    Ok(())
+}
+
+fn killed_fork_is_told_and_leaves_nothing(templates: &Templates) -> Result<()> {
+    let (name, options) = KINDS[0];
+    ready(templates, name)?;
+    let container = forked(templates, options)?;
+    let id = id(templates, &container.name)?;
+    let log = fs::File::open(format!("/run/kata-containers/{id}/server.log"))?;
+    leaks::kill_and_wait(&[monitor(templates, &container)?])?;
+    templates.docker.until(&container.name, "{{.State.ExitCode}}", "137")?;
+    let said = std::io::read_to_string(log)?;
+    ensure!(said.contains("qemu was killed by signal 9 (SIGKILL)"), "{said}");
+    drop(container);
+    leaks::expect_no_trace(&[&id])
+}
+
+fn stem_stays_as_long_as_its_forks(templates: &Templates) -> Result<()> {
+    let (name, options) = KINDS[0];
+    ready(templates, name)?;
+    let container = forked(templates, options)?;
+    command::ok(&mut ctl("factory destroy"))?;
+    ensure!(container.exec("echo still here")? == "still here");
+    ensure!(leaks::processes_named(STEM)?.len() == 1);
+    drop(container);
+    command::eventually("the stem is gone", Duration::from_secs(10), || {
+        let monitors = leaks::processes_of("sandbox-stem", Part::Hypervisor)?;
+        Ok(leaks::processes_named(STEM)?.is_empty() && monitors.is_empty())
+    })
+}
+
+fn killed_stem_ends_its_forks_and_machines_are_cloned(templates: &Templates) -> Result<()> {
+    let (name, options) = KINDS[0];
+    ready(templates, name)?;
+    let container = forked(templates, options)?;
+    let ids = [id(templates, &container.name)?];
+    leaks::kill_and_wait(&leaks::processes_named(STEM)?)?;
+    templates.docker.until(&container.name, "{{.State.Running}}", "false")?;
+    drop(container);
+    leaks::expect_no_trace(&[&ids[0]])?;
+    let container = templates.docker.sleeper(options)?;
+    let trace = trace(templates, &container)?;
+    ensure!(trace.contains("devices restored"), "{trace}");
+    ensure!(container.exec("echo cloned")? == "cloned");
+    ensure!(status()?.contains("no "), "{}", status()?);
+    command::ok(&mut ctl("factory destroy"))?;
+    ready(templates, name)?;
+    forked(templates, options).map(drop)
+}
