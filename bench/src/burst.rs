@@ -5,22 +5,26 @@ use std::time::Instant;
 use anyhow::{Result, anyhow};
 use kata_e2e::docker::{Docker, IMAGE};
 
+use crate::THEIRS;
 use crate::report::{Distribution, Report};
-use crate::{OURS, THEIRS};
 
 const ROUNDS: usize = 2;
 
-/// `docker run` of so many side by side, until the last of them has ended.
-pub fn measure(docker: &Docker, counts: &[usize], report: &mut Report) -> Result<()> {
-    for &count in counts {
+/// How many there are at once.
+const COUNTS: [usize; 2] = [10, 20];
+
+/// `docker run` of so many side by side, until the last of them has ended: by one of our runtimes,
+/// whose machines come to life in this way, and by runc.
+pub fn measure(docker: &Docker, runtime: &str, way: &str, report: &mut Report) -> Result<()> {
+    for count in COUNTS {
         eprintln!("bench: {count} containers at once");
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            for (runtime, times) in [(OURS, &mut ours), (THEIRS, &mut theirs)] {
+            for (runtime, times) in [(runtime, &mut ours), (THEIRS, &mut theirs)] {
                 times.push(burst(docker, runtime, count)?);
             }
         }
-        let what = format!("{count} x docker run --rm busybox true at once, cold");
+        let what = format!("{count} x docker run --rm busybox true at once, {way}");
         report.compare(&what, &Distribution::of(ours), &Distribution::of(theirs), None);
     }
     Ok(())

@@ -8,7 +8,7 @@ use kata_e2e::command::{self, PATIENCE};
 use kata_e2e::docker::{Docker, IMAGE};
 
 use crate::report::Report;
-use crate::{THEIRS, in_turn, memory, stages, timed};
+use crate::{THEIRS, burst, in_turn, memory, stages, timed};
 
 /// How clones share their files, the runtime of the harness that does so, and how long one may
 /// take from the start of its monitor to the agent's answer, ms.
@@ -37,6 +37,7 @@ pub fn measure(docker: &Docker, runs: usize, short: bool, report: &mut Report) -
         if !short {
             let (what, numbers) = (format!("clone ({share})"), memory::NUMBERS);
             memory::by_number(docker, &options, &what, numbers, Some(IDLE), report)?;
+            burst::measure(docker, runtime, &format!("cloned ({share})"), report)?;
         }
         command::ok(Command::new(CTL).args(["factory", "destroy"]))?;
     }

@@ -62,7 +62,7 @@ fn measure(arena: &Arena) -> Result<()> {
             sysbench::measure(arena, &docker, runs, &mut report)?;
         } else {
             load::measure(&docker, &mut report)?;
-            burst::measure(&docker, &[10, 20], &mut report)?;
+            burst::measure(&docker, OURS, "cold", &mut report)?;
         }
         return report.finish();
     }
@@ -79,7 +79,7 @@ fn measure(arena: &Arena) -> Result<()> {
             memory::by_number(&docker, "", "container", memory::NUMBERS, None, &mut report)?;
             stdio::measure(&docker, &mut report)?;
             load::measure(&docker, &mut report)?;
-            burst::measure(&docker, &[10, 20], &mut report)?;
+            burst::measure(&docker, OURS, "cold", &mut report)?;
         }
     }
     oci_exec(arena, &probe, runs, &mut report)?;
