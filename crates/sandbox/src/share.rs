@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::{Mutex, OnceCell};
+use tokio::task::spawn_blocking;
 
 /// Where QEMU's own 9p server has the share, below the root of its jail.
 const IN_MONITOR: &str = "share";
@@ -107,36 +108,28 @@ impl Share {
         }
     }
 
-    /// Puts a host path into the share.
+    /// Puts a host path into the share. The kernel takes its time for mounts, in which others can
+    /// hear of the guest.
     pub(crate) async fn attach(
         &self,
         hypervisor: &Mutex<Qemu>,
         attachment: &Attachment,
     ) -> Result<(), SandboxError> {
-        let Attachment { source, at, readonly, recursive } = attachment;
-        match (self, source) {
-            (Self::VirtioFs { devices, .. }, Source::Path(path)) => {
-                devices.attach(path, at, *readonly, *recursive)?;
+        let attachment = attachment.clone();
+        let attached = match self {
+            Self::VirtioFs { devices, dir } => {
+                let (devices, dir) = (Arc::clone(devices), dir.clone());
+                spawn_blocking(move || attach_to_devices(&devices, &dir, &attachment))
             }
-            (Self::VirtioFs { devices, dir }, Source::FileSystem(fs)) => {
-                devices.mount(&fs.kind, &fs.source, &fs.options, dir, at)?;
-            }
-            (Self::NineP { monitor, dir, .. }, source) => {
+            Self::NineP { monitor, dir, .. } => {
                 let process = async { hypervisor.lock().await.process().await };
-                let monitor = monitor.get_or_try_init(|| process).await?;
-                let at = in_monitor(at)?;
-                match source {
-                    Source::Path(path) => {
-                        kata_devices::attach(monitor, path, &at, *readonly, *recursive)?;
-                    }
-                    Source::FileSystem(FileSystem { kind, source, options }) => {
-                        let fs = kata_devices::FileSystem { kind, source, options };
-                        kata_devices::mount(monitor, dir, &fs, &at)?;
-                    }
-                }
+                let monitor = Arc::clone(monitor.get_or_try_init(|| process).await?);
+                let dir = dir.clone();
+                spawn_blocking(move || attach_to_monitor(&monitor, &dir, &attachment))
             }
-        }
-        Ok(())
+        };
+        let attached = attached.await.map_err(std::io::Error::from);
+        Ok(attached.map_err(SandboxError::io("attach to the share"))??)
     }
 
     /// Takes it out again.
@@ -150,6 +143,32 @@ impl Share {
             }
         }
         Ok(())
+    }
+}
+
+fn attach_to_devices(
+    devices: &DevicesProcess,
+    dir: &Path,
+    Attachment { source, at, readonly, recursive }: &Attachment,
+) -> Result<(), kata_devices::Error> {
+    match source {
+        Source::Path(path) => devices.attach(path, at, *readonly, *recursive),
+        Source::FileSystem(fs) => devices.mount(&fs.kind, &fs.source, &fs.options, dir, at),
+    }
+}
+
+fn attach_to_monitor(
+    monitor: &Child,
+    dir: &Path,
+    Attachment { source, at, readonly, recursive }: &Attachment,
+) -> Result<(), kata_devices::Error> {
+    let at = in_monitor(at)?;
+    match source {
+        Source::Path(path) => kata_devices::attach(monitor, path, &at, *readonly, *recursive),
+        Source::FileSystem(FileSystem { kind, source, options }) => {
+            let fs = kata_devices::FileSystem { kind, source, options };
+            kata_devices::mount(monitor, dir, &fs, &at)
+        }
     }
 }
 
