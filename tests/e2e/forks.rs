@@ -90,8 +90,12 @@ fn sandbox_is_forked_into_a_jail_of_its_own(templates: &Templates) -> Result<()>
         }
         let stem = leaks::processes_of("sandbox-stem", Part::Hypervisor)?;
         ensure!(stem.len() == 1, "{stem:?}");
+        // Of what made it nothing else is left.
+        let keeper = leaks::processes_named(STEM)?[0];
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children"))?;
+        ensure!(children.trim() == stem[0].to_string(), "{children}");
         pids.extend(stem);
-        for kind in ["user", "pid", "mnt", "net", "ipc", "uts"] {
+        for kind in ["user", "pid", "mnt", "net", "ipc", "uts", "cgroup"] {
             let link = |pid: &i32| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
             let different = pids.iter().map(link).collect::<Result<BTreeSet<_>, _>>()?;
             ensure!(different.len() == 3, "{kind}: {different:?}");

@@ -232,7 +232,7 @@ impl Power<'_> {
             None => hypervisor.start().await.map_err(SandboxError::from),
         };
         if let Err(error) = started {
-            share.end();
+            share.end().await;
             return Err(error);
         }
         for (stage, at) in hypervisor.milestones() {

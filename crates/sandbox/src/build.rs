@@ -1,8 +1,8 @@
 //! A container is built: what it shares is attached, the engine's hooks run, the guest gets its
 //! network and makes the container.
 //!
-//! Hooks run while the guest boots. A guest that stood ready (a spare's, or a fork) would only wait for
-//! them, a fifth of its start: it makes its first container meanwhile, and gets the network
+//! Hooks run while the guest boots. A guest that stood ready (a spare's, or a fork) would only wait
+//! for them, a fifth of its start: it makes its first container meanwhile, and gets the network
 //! afterwards. The specification wants the hooks before `pivot_root`, for what they change in the
 //! root: that arrives all the same, because the root is shared. Should one fail, the machine
 //! ends, and with it the container.

@@ -531,10 +531,7 @@ impl Machine {
                 tracing::info!(sandbox = %self.sandbox, "console: {line}");
             }
         }
-        if let Some(devices) = self.share.process() {
-            let _ = devices.kill(libc::SIGKILL);
-            let _ = devices.wait().await;
-        }
+        self.share.end().await;
         if let Some(network) = self.network.lock().await.as_mut() {
             network.unjoin();
         }

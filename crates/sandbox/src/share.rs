@@ -82,10 +82,11 @@ impl Share {
         }
     }
 
-    /// Ends what serves only the share, for a machine that did not start.
-    pub(crate) fn end(&self) {
+    /// Ends what serves only the share; returns when nothing of it is left.
+    pub(crate) async fn end(&self) {
         if let Some(process) = self.process() {
             let _ = process.kill(libc::SIGKILL);
+            let _ = process.wait().await;
         }
     }
 
@@ -172,6 +173,7 @@ fn attach_to_monitor(
     }
 }
 
+/// The place in a share that is a directory of the jail's root.
 fn in_monitor(at: &Path) -> Result<SharePath, kata_devices::Error> {
     Ok(SharePath::new(at)?.of_share_at(Path::new(IN_MONITOR)))
 }

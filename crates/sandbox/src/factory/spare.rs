@@ -237,7 +237,7 @@ impl Rehearsed {
         }
         hypervisor.unplug_share().await?;
         hypervisor.pause().await?;
-        share.end();
+        share.end().await;
         let stem = Stem::new(hypervisor)?;
         // The channel says goodbye when it is dropped, and forks would hear that.
         Ok((stem, (agent, network)))
