@@ -1,6 +1,5 @@
 //! The process that stands still, and its forks.
 
-use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -26,6 +25,7 @@ const NAMESPACES: i32 = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS
     | libc::CLONE_NEWNET
     | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS;
 /// Where the number of a thread to be made is in the scratch memory, and the status of a fork.
 const NUMBER: u64 = 128;
@@ -53,7 +53,7 @@ pub struct Plan<'a> {
     pub given: &'a [(RawFd, BorrowedFd<'a>)],
     /// Directories in which it has an empty file system of its own, by path: what is mounted
     /// below them is for one process. With them comes the number by which it has each open.
-    pub emptied: &'a [(RawFd, &'a CStr)],
+    pub emptied: &'a [(RawFd, &'a str)],
     /// The memory that the process shares.
     pub memory: Memory<'a>,
     /// The argument of the command line that is another for each, and what it is to be: no longer.
@@ -207,11 +207,10 @@ impl Frozen {
             tracees.push(born.bear("make a thread", &thread.arguments(number_at))?.0);
         }
         let kept = born.capabilities(plan.capabilities)?;
-        for (tracee, thread) in tracees.iter().zip(&self.threads) {
-            self.puppet(*tracee)?.ask("drop privileges", libc::SYS_capset, kept)?;
-            thread.dress(*tracee)?;
-        }
-        Ok(())
+        tracees
+            .iter()
+            .zip(&self.threads)
+            .try_for_each(|(tracee, thread)| thread.dress(*tracee, kept))
     }
 
     /// Maps the fork's memory where the process shares its own.

@@ -1,6 +1,5 @@
 //! A standing thread in whose name system calls are made, and memory for their arguments.
 
-use std::ffi::CStr;
 use std::io;
 use std::os::fd::RawFd;
 
@@ -17,7 +16,7 @@ const TEXT: u64 = 256;
 /// What is not to be had by way of a file system that is mounted for a fork.
 const CLOSED: u64 = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
 /// The size of an empty file system: it holds only names.
-const EMPTY: &CStr = c"mode=0755,size=1m,nr_inodes=4096";
+const EMPTY: &str = "mode=0755,size=1m,nr_inodes=4096";
 /// Version of the structures of capset(2) that has 64 capabilities.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 
@@ -88,13 +87,13 @@ impl<'a> Puppet<'a> {
 
     /// Mounts a `/proc` that shows this process's PID namespace.
     pub(crate) fn mount_proc(&self) -> Result<(), ForkError> {
-        self.mount(c"proc", c"/proc", c"", CLOSED | libc::MS_RDONLY).map(drop)
+        self.mount("proc", "/proc", "", CLOSED | libc::MS_RDONLY).map(drop)
     }
 
     /// Mounts an empty file system on a directory and opens that, under this number. It may not be
     /// written to; who mounts something below it can.
-    pub(crate) fn mount_empty(&self, path: &CStr, number: RawFd) -> Result<(), ForkError> {
-        let target = self.mount(c"tmpfs", path, EMPTY, CLOSED)?;
+    pub(crate) fn mount_empty(&self, path: &str, number: RawFd) -> Result<(), ForkError> {
+        let target = self.mount("tmpfs", path, EMPTY, CLOSED)?;
         let flags = CLOSED | libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
         self.ask("make a file system read-only", libc::SYS_mount, [0, target, 0, flags])?;
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
@@ -104,22 +103,16 @@ impl<'a> Puppet<'a> {
     }
 
     /// Mounts a file system; gives where the path is in the scratch memory.
-    fn mount(
-        &self,
-        kind: &CStr,
-        path: &CStr,
-        options: &CStr,
-        flags: u64,
-    ) -> Result<u64, ForkError> {
+    fn mount(&self, kind: &str, path: &str, options: &str, flags: u64) -> Result<u64, ForkError> {
         const STEP: &str = "mount a file system";
         let mut places = [0; 3];
         for (index, text) in [kind, path, options].into_iter().enumerate() {
-            let bytes = text.to_bytes_with_nul();
+            let bytes = [text.as_bytes(), b"\0"].concat();
             if bytes.len() as u64 > TEXT {
                 let long = io::Error::from(io::ErrorKind::InvalidFilename);
                 return Err(step(STEP, self.tracee.0)(long));
             }
-            places[index] = self.write(TEXTS + index as u64 * TEXT, bytes)?;
+            places[index] = self.write(TEXTS + index as u64 * TEXT, &bytes)?;
         }
         let [kind, target, options] = places;
         self.ask(STEP, libc::SYS_mount, [kind, target, kind, flags, options])?;

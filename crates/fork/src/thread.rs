@@ -82,8 +82,11 @@ impl Thread {
         self.number
     }
 
-    /// Makes a newborn this thread. It still stands.
-    pub(crate) fn dress(&self, newborn: Tracee) -> Result<(), ForkError> {
+    /// Makes a newborn this thread, with these capabilities (arguments of capset(2)). It still
+    /// stands.
+    pub(crate) fn dress(&self, newborn: Tracee, kept: [u64; 2]) -> Result<(), ForkError> {
+        let call = Call::new(libc::SYS_capset, kept);
+        newborn.ask("drop privileges", &self.registers, call)?;
         let [head, length] = self.robust;
         let call = Call::new(libc::SYS_set_robust_list, [head, length]);
         newborn.ask("set the list of locks", &self.registers, call)?;

@@ -161,23 +161,23 @@ impl Tracee {
         self.request(libc::PTRACE_DETACH, 0, 0).map_err(step("let a thread run", self.0))
     }
 
-    /// Makes a system call in the thread's name and gives what it returned. `at`: registers of a
+    /// Makes a system call in the thread's name, which must return no error. `at`: registers of a
     /// thread that stopped in a system call, so that the instruction is known; they are not
     /// put back.
-    pub(crate) fn call(self, at: &Registers, call: Call) -> Result<i64, ForkError> {
-        self.set_up(at, call)?;
-        self.run()?;
-        Ok(self.registers()?.rax.cast_signed())
-    }
-
-    /// As [`Tracee::call`]; what the system call must return is no error.
     pub(crate) fn ask(
         self,
         what: &'static str,
         at: &Registers,
         call: Call,
     ) -> Result<u64, ForkError> {
-        let answer = self.call(at, call)?;
+        self.set_up(at, call)?;
+        self.run()?;
+        self.answer(what)
+    }
+
+    /// What a system call returned.
+    fn answer(self, what: &'static str) -> Result<u64, ForkError> {
+        let answer = self.registers()?.rax.cast_signed();
         u64::try_from(answer).map_err(|_| {
             let number = i32::try_from(-answer).unwrap_or(libc::EIO);
             step(what, self.0)(io::Error::from_raw_os_error(number))
@@ -194,9 +194,11 @@ impl Tracee {
     ) -> Result<(Self, i32), ForkError> {
         self.set_up(at, call)?;
         if self.run()? != libc::PTRACE_EVENT_CLONE {
-            let answer = self.registers()?.rax.cast_signed();
-            let number = i32::try_from(-answer).unwrap_or(libc::EIO);
-            return Err(step(what, self.0)(io::Error::from_raw_os_error(number)));
+            self.answer(what)?;
+            return Err(ForkError::Unfit {
+                pid: self.0,
+                what: "its children go untraced".to_owned(),
+            });
         }
         let mut tid: libc::c_ulong = 0;
         self.with_data(libc::PTRACE_GETEVENTMSG, 0, &mut tid).map_err(step(what, self.0))?;
@@ -204,8 +206,7 @@ impl Tracee {
         born.stopped()?;
         // To the end of the system call.
         self.run()?;
-        let number = self.registers()?.rax;
-        Ok((born, i32::try_from(number).unwrap_or_default()))
+        Ok((born, i32::try_from(self.answer(what)?).unwrap_or_default()))
     }
 
     fn set_up(self, at: &Registers, Call(number, arguments): Call) -> Result<(), ForkError> {

@@ -184,7 +184,7 @@ fn forks_go_on_where_the_process_stood_each_for_itself() {
         assert_eq!(ask(line, b"e").unwrap().count, COUNTED);
     }
     let pids: Vec<i32> = forks.iter().map(|(fork, _)| fork.pid).collect();
-    for kind in ["pid", "mnt", "net", "ipc", "uts", "user"] {
+    for kind in ["pid", "mnt", "net", "ipc", "uts", "user", "cgroup"] {
         let name = |pid: &i32| std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
         let mut names: Vec<_> = pids.iter().chain([&frozen.pid()]).map(name).collect();
         names.sort();

@@ -32,6 +32,15 @@ const FIRMWARE: &[&str] = &[
 ];
 /// Where the jailed QEMU has what its 9p server shows.
 pub(crate) const SHARE: &str = "/share";
+/// The rights of root that its 9p server needs.
+pub(crate) const FOR_9P: [Capability; 6] = [
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Mknod,
+    Capability::Setfcap,
+];
 /// On the way into its jail QEMU's network namespace is this descriptor.
 pub(crate) const NETNS_FD: RawFd = 9;
 /// Descriptors that QEMU may have open.
@@ -114,14 +123,7 @@ pub(crate) fn build(config: &VmConfig, host: &Paths, opens_memory: bool) -> (Jai
         // What the guest sees is mounted in it once QEMU runs.
         directories.push(PathBuf::from(SHARE));
         // It does for the guest what the guest's users may do to their files.
-        capabilities = vec![
-            Capability::Chown,
-            Capability::DacOverride,
-            Capability::Fowner,
-            Capability::Fsetid,
-            Capability::Mknod,
-            Capability::Setfcap,
-        ];
+        capabilities = FOR_9P.to_vec();
     }
     let mut devices = match config.accelerator {
         Accelerator::Kvm => vec![PathBuf::from("/dev/kvm")],

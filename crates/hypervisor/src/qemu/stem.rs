@@ -10,7 +10,6 @@
 //! The fork has the jail of the stem, in namespaces of its own, and less: of 9p's capabilities
 //! it has those over files, but cannot make devices, which takes the host's own.
 
-use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use kata_jail::{Capability, Child};
 use serde_json::json;
 
 use super::args::{LateShare, Numbers, SHARE_SOCKET, name};
-use super::cage::SHARE;
+use super::cage::{FOR_9P, SHARE};
 use super::ends::{Ends, TheirEnds};
 use super::qmp::{ChardevAdd, ChardevRemove, Getfd};
 use super::{Backend, COMMAND, Ports, Qemu};
@@ -35,14 +34,6 @@ const SHARE_FD: &str = "share-socket";
 const STDERR: RawFd = 2;
 /// Longest name of a fork's machine.
 const NAME_ROOM: usize = 160;
-/// What 9p needs of the rights of root over files.
-const OVER_FILES: [Capability; 5] = [
-    Capability::Chown,
-    Capability::DacOverride,
-    Capability::Fowner,
-    Capability::Fsetid,
-    Capability::Setfcap,
-];
 
 /// A machine that stands still, to be forked.
 ///
@@ -113,9 +104,10 @@ impl Stem {
             ));
         }
         let given: Vec<_> = self.numbers.iter().copied().zip(fds.iter().map(AsFd::as_fd)).collect();
-        let share = CString::new(SHARE).unwrap_or_default();
-        let emptied: Vec<_> = self.root.iter().map(|root| (*root, share.as_c_str())).collect();
-        let kept = if self.root.is_some() { &OVER_FILES[..] } else { &[] };
+        let emptied: Vec<_> = self.root.iter().map(|root| (*root, SHARE)).collect();
+        // Devices are made by the host's own root only.
+        let needed = self.root.iter().flat_map(|_| FOR_9P);
+        let kept = needed.filter(|capability| *capability != Capability::Mknod);
         let plan = Plan {
             given: &given,
             emptied: &emptied,
@@ -124,7 +116,7 @@ impl Stem {
                 None => Memory::Private,
             },
             argument: (&self.name, &name(id)),
-            capabilities: kept.iter().fold(0, |all, capability| all | 1 << *capability as u64),
+            capabilities: kept.fold(0, |all, capability| all | 1 << capability as u64),
         };
         Ok(self.frozen.fork(&plan)?)
     }
@@ -260,16 +252,14 @@ impl Qemu {
 fn ready(tap: &OwnedFd) -> std::io::Result<()> {
     /// Length of the header before each frame (virtio 1.2, 5.1.6: with `num_buffers`).
     const HEADER: libc::c_int = 12;
-    /// `TUNSETVNETHDRSZ` and `TUNSETOFFLOAD` (linux/if_tun.h).
-    const SET_HEADER: libc::c_ulong = 0x4004_54d8;
-    const SET_OFFLOAD: libc::c_ulong = 0x4004_54d0;
     /// Checksums, and segments of TCP over IPv4 and IPv6, with congestion marks.
-    const OFFLOADS: libc::c_ulong = 0x01 | 0x02 | 0x04 | 0x08;
+    const OFFLOADS: libc::c_uint =
+        libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
     // SAFETY: the first reads an int, which lives; the second takes a number.
     let set = unsafe {
         let header = HEADER;
-        match libc::ioctl(tap.as_raw_fd(), SET_HEADER, &raw const header) {
-            0 => libc::ioctl(tap.as_raw_fd(), SET_OFFLOAD, OFFLOADS),
+        match libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) {
+            0 => libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(OFFLOADS)),
             failed => failed,
         }
     };
