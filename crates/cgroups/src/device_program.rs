@@ -30,7 +30,8 @@ const fn load(to: u8, offset: i16) -> Instruction {
     Instruction { code: LOAD_WORD, to, from: CONTEXT, offset, value: 0 }
 }
 
-/// The program for a list of rules.
+/// The program for a list of rules. Lists that mean the same most often give the same program:
+/// engines repeat much of what holds anyway.
 pub(crate) fn program(rules: &[Rule]) -> Vec<Instruction> {
     let mut out = vec![
         load(TYPE, 0),
@@ -40,7 +41,7 @@ pub(crate) fn program(rules: &[Rule]) -> Vec<Instruction> {
         load(MAJOR, 4),
         load(MINOR, 8),
     ];
-    for rule in rules.iter().rev() {
+    for rule in needed(rules).iter().rev() {
         // Device numbers of the kernel have 12 and 20 bits: others match nothing.
         let number = |n: Option<u32>| n.map(i32::try_from).transpose();
         let (Ok(major), Ok(minor)) = (number(rule.major), number(rule.minor)) else { continue };
@@ -54,6 +55,21 @@ pub(crate) fn program(rules: &[Rule]) -> Vec<Instruction> {
     }
     out.extend(end(false));
     out
+}
+
+/// The rules without those that never decide: a later one speaks of all that they speak of, or
+/// they deny what nothing before them allows.
+fn needed(rules: &[Rule]) -> Vec<Rule> {
+    let mut needed: Vec<Rule> = Vec::new();
+    for (index, rule) in rules.iter().enumerate() {
+        let hidden = rules[index + 1..].iter().any(|later| later.covers(rule));
+        let idle =
+            !rule.allow && !needed.iter().any(|earlier| earlier.allow && earlier.meets(rule));
+        if !hidden && !idle {
+            needed.push(*rule);
+        }
+    }
+    needed
 }
 
 fn end(allow: bool) -> [Instruction; 2] {
@@ -209,6 +225,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_engines_repeat_makes_no_difference() {
+        let deny = Rule { allow: false, kind: None, major: None, minor: None, access: ALL };
+        let one = |allow, minor, access| Rule {
+            allow,
+            kind: Some(Kind::Char),
+            major: Some(1),
+            minor: Some(minor),
+            access,
+        };
+        let plain = [one(true, 3, ALL), one(true, 5, READ)];
+        let chatty = [deny, one(true, 3, READ), one(false, 9, ALL), plain[0], plain[1]];
+        assert_eq!(program(&chatty), program(&plain));
+        // What takes something back stays.
+        let taken = [plain[0], one(false, 3, MKNOD)];
+        assert_eq!(needed(&taken), taken);
     }
 
     #[test]

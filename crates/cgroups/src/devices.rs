@@ -14,10 +14,12 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// The program of the last container, which most often is the next one's, too: for the kernel to
-/// check one is the work of milliseconds where the processor is emulated. One that a cgroup has
-/// already cannot be attached to it again, so only new cgroups get it.
-static LAST: Mutex<Option<(Vec<Instruction>, OwnedFd)>> = Mutex::new(None);
+/// Programs of the last containers, the newest at the end. Most often the next one has one of
+/// them: for the kernel to check one is the work of milliseconds where the processor is emulated.
+/// One that a cgroup has already cannot be attached to it again, so only new cgroups get it.
+static LAST: Mutex<Vec<(Vec<Instruction>, OwnedFd)>> = Mutex::new(Vec::new());
+/// How many of them are kept: engines differ in their lists, but one sandbox sees few.
+const KEPT: usize = 4;
 
 /// More rules than any engine sends; the program stays far below the kernel's bound.
 const MAX_RULES: usize = 1024;
@@ -48,6 +50,28 @@ pub(crate) struct Rule {
 impl Rule {
     const fn allow(kind: Kind, major: Option<u32>, minor: Option<u32>, access: u32) -> Self {
         Self { allow: true, kind: Some(kind), major, minor, access }
+    }
+
+    /// Whether it speaks of all that the other one speaks of.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        fn all<T: PartialEq>(ours: Option<T>, theirs: Option<T>) -> bool {
+            ours.is_none() || ours == theirs
+        }
+        all(self.kind, other.kind)
+            && all(self.major, other.major)
+            && all(self.minor, other.minor)
+            && self.access & other.access == other.access
+    }
+
+    /// Whether there is anything that both speak of.
+    pub(crate) fn meets(&self, other: &Self) -> bool {
+        fn some<T: PartialEq>(ours: Option<T>, theirs: Option<T>) -> bool {
+            ours.is_none() || theirs.is_none() || ours == theirs
+        }
+        some(self.kind, other.kind)
+            && some(self.major, other.major)
+            && some(self.minor, other.minor)
+            && self.access & other.access != 0
     }
 
     /// Decides for everything: no rule before it is ever looked at.
@@ -124,12 +148,16 @@ pub(crate) fn install(dir: &Path, rules: &[Rule]) -> Result<(), CgroupError> {
     let program = program(rules);
     if old.is_empty() {
         let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-        let loaded = match last.take() {
-            Some((same, loaded)) if same == program => loaded,
-            _ => bpf::load(&program, Hook::Device).map_err(failed("load"))?,
+        let loaded = match last.iter().position(|(same, _)| *same == program) {
+            Some(index) => last.remove(index).1,
+            None => bpf::load(&program, Hook::Device).map_err(failed("load"))?,
         };
-        let (_, loaded) = last.insert((program, loaded));
-        return bpf::attach(&cgroup, loaded, Hook::Device).map_err(failed("attach"));
+        let attached = bpf::attach(&cgroup, &loaded, Hook::Device).map_err(failed("attach"));
+        last.push((program, loaded));
+        if last.len() > KEPT {
+            last.remove(0);
+        }
+        return attached;
     }
     let program = bpf::load(&program, Hook::Device).map_err(failed("load"))?;
     bpf::attach(&cgroup, &program, Hook::Device).map_err(failed("attach"))?;
