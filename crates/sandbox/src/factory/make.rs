@@ -1,6 +1,7 @@
 //! A template is made: a machine boots, its agent waits, it is saved.
 
 use super::recipe::{self, Recipe};
+use super::rehearsal;
 use crate::agent::{Agent, Hello};
 use crate::{SandboxError, vm_config};
 use kata_channel::HostChannel;
@@ -13,8 +14,6 @@ use std::time::Duration;
 /// The address by which a clone finds the NIC of its template.
 pub(crate) const NIC: Mac = Mac::new([2, 0, 0, 0, 0, 1]);
 
-/// A container such as engines make.
-pub(super) const REHEARSAL: &[u8] = include_bytes!("rehearsal.json");
 /// How long a call that failed waits to learn that its machine ended.
 const CAUSE: Duration = Duration::from_millis(500);
 
@@ -71,9 +70,11 @@ async fn meet(hypervisor: &mut Qemu, patience: Duration) -> Result<(), SandboxEr
             Err(_) => Err(error),
         };
     }
-    if let Err(error) = agent.rehearse(REHEARSAL).await {
-        // Clones are only slower without it.
-        tracing::warn!(error = %chain(&error), "the template has not rehearsed a container");
+    for spec in rehearsal::specs().map_err(SandboxError::io("describe a rehearsal"))? {
+        if let Err(error) = agent.rehearse(&spec).await {
+            // Clones are only slower without it.
+            tracing::warn!(error = %chain(&error), "the template has not rehearsed a container");
+        }
     }
     let parking = hypervisor.parking().await?;
     drop(agent);

@@ -2,7 +2,6 @@
 //! it will run others: what a guest does the first time only is done then. Under TCG that is
 //! to translate the code of the agent and of the kernel, which is most of a first start.
 
-use super::make::REHEARSAL;
 use crate::SandboxError;
 use crate::agent::{Agent, NewContainer, ProcessRef};
 use crate::container::Bundle;
@@ -18,16 +17,41 @@ use serde_json::{Value, json};
 use std::cell::Cell;
 use std::fs;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::Mutex;
 
-/// Where the container has its program: this one, which runs anywhere, and says its version.
+/// A container such as Docker makes.
+const SPEC: &[u8] = include_bytes!("rehearsal.json");
+/// Where the container has its program.
 const PROGRAM: &str = "/rehearsal";
+/// What the program does. Whatever it is, other programs are others, and their guests would have
+/// it translated for nothing: so it writes a line and ends.
+const CODE: [u8; 34] = [
+    0xb8, 1, 0, 0, 0, // mov eax, 1 (write)
+    0xbf, 1, 0, 0, 0, // mov edi, 1
+    0x48, 0x8d, 0x35, 16, 0, 0, 0, // lea rsi, [rip + 16]
+    0xba, 1, 0, 0, 0, // mov edx, 1
+    0x0f, 0x05, // syscall
+    0xb8, 231, 0, 0, 0, // mov eax, 231 (exit_group)
+    0x31, 0xff, // xor edi, edi
+    0x0f, 0x05, // syscall
+    b'\n',
+];
 /// How long the guest may take. It takes a second where it is emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the guest of a template is to build: containers as engines describe them. It keeps what it
+/// makes of their lists of devices, of which there are two kinds: Docker's and containerd's, which
+/// allow the console, and Podman's, which allows nothing beyond what every container may use.
+pub(super) fn specs() -> io::Result<[Vec<u8>; 2]> {
+    let mut plain: Value = serde_json::from_slice(SPEC)?;
+    plain["linux"]["resources"]["devices"] = json!([{ "allow": false, "access": "rwm" }]);
+    Ok([plain.to_string().into_bytes(), SPEC.to_vec()])
+}
 
 /// The parts of a machine that has answered.
 pub(super) struct Rehearsal<'a> {
@@ -107,16 +131,39 @@ fn interface(netns: &Netns) -> Result<Tap, SandboxError> {
 
 fn write_bundle(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path.join("rootfs"))?;
-    let mut spec: Value = serde_json::from_slice(REHEARSAL)?;
+    let program = path.join("program");
+    let file = File::options().write(true).create_new(true).mode(0o755).open(&program);
+    file?.write_all(&executable())?;
+    let mut spec: Value = serde_json::from_slice(SPEC)?;
     spec["root"]["path"] = json!("rootfs");
-    spec["process"]["args"] = json!([PROGRAM, "--version"]);
-    let program = fs::read_link("/proc/self/exe")?;
+    spec["process"]["args"] = json!([PROGRAM]);
     if let Some(mounts) = spec["mounts"].as_array_mut() {
         mounts.push(json!({
             "destination": PROGRAM, "source": program, "type": "bind", "options": ["rbind", "ro"],
         }));
     }
     fs::write(path.join("config.json"), spec.to_string())
+}
+
+/// An executable file with [`CODE`] in it (System V ABI, chapter 4 and 5; AMD64, 4.1).
+fn executable() -> Vec<u8> {
+    /// Lengths of the file's header and of the one program header behind it.
+    const HEADERS: [u16; 2] = [64, 56];
+    const START: u64 = HEADERS[0] as u64 + HEADERS[1] as u64;
+    const AT: u64 = 0x40_0000;
+    let size = START + CODE.len() as u64;
+    // ELF64, little endian, version 1; executable, x86-64, version 1.
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    // Where it begins, where the program headers are, no sections.
+    [AT + START, HEADERS[0].into(), 0].iter().for_each(|word| file.extend(word.to_le_bytes()));
+    // No flags; sizes and number of the headers.
+    let rest = [0, 0, HEADERS[0], HEADERS[1], 1, 0, 0, 0];
+    rest.iter().for_each(|half| file.extend(half.to_le_bytes()));
+    // Loaded, to be read and executed: offset, addresses, sizes, alignment.
+    file.extend(b"\x01\0\0\0\x05\0\0\0");
+    [0, AT, AT, size, size, 4096].iter().for_each(|word| file.extend(word.to_le_bytes()));
+    file.extend(CODE);
+    file
 }
 
 /// Streams such as engines give: nobody reads what is written.
@@ -127,4 +174,26 @@ fn stdio() -> io::Result<Stdio> {
     let streams =
         EngineStreams { stdin: null()?, stdout: null()?, stderr: null()?, held: Vec::new() };
     Ok(Stdio { streams, ..Stdio::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        write_bundle(dir.path()).unwrap();
+        let said = std::process::Command::new(dir.path().join("program")).output().unwrap();
+        assert!(said.status.success());
+        assert_eq!(said.stdout, b"\n");
+    }
+
+    #[test]
+    fn two_kinds_of_containers_are_described() {
+        for spec in specs().unwrap() {
+            let spec = kata_oci::Spec::parse(&spec).unwrap();
+            assert!(spec.linux.unwrap().seccomp.is_some());
+        }
+    }
 }
