@@ -75,6 +75,7 @@ fn sandbox_is_forked_into_a_jail_of_its_own(templates: &Templates) -> Result<()>
             ensure!(value("CapPrm:")? == rights && value("CapEff:")? == rights, "{status}");
             ensure!(value("Seccomp:")? == "2" && value("NoNewPrivs:")? == "1", "{status}");
             ensure!(value("TracerPid:")? == "0", "{status}");
+            ensure!(value("THP_enabled:")? == "0", "it may take large pages: {status}");
             let user: u32 = value("Uid:")?.split_whitespace().next().context("a user")?.parse()?;
             ensure!(user != 0, "{status}");
             // The kernel shows root's what its own user may not see either.

@@ -221,6 +221,29 @@ mod tests {
     }
 
     #[test]
+    fn lists_of_engines_come_to_few_programs() {
+        let of = |json: &str| program(&spec(json).unwrap());
+        let allow = |numbers: &[(i64, i64)]| {
+            let rule = |(major, minor)| {
+                format!(
+                    r#",{{"allow":true,"type":"c","major":{major},"minor":{minor},"access":"rwm"}}"#
+                )
+            };
+            numbers.iter().copied().map(rule).collect::<String>()
+        };
+        let deny = r#"{"allow":false,"access":"rwm"}"#;
+        let fuse = r#",{"allow":false,"type":"c","major":10,"minor":229,"access":"rwm"}"#;
+        let common = [(1, 5), (1, 3), (1, 9), (1, 8), (5, 0)];
+        let docker = of(&format!("[{deny}{}{}{fuse}]", allow(&common), allow(&[(5, 1)])));
+        let more = [(1, 7), (5, 1), (136, -1), (5, 2)];
+        let containerd = of(&format!("[{deny}{}{}]", allow(&common), allow(&more)));
+        assert_eq!(docker, containerd);
+        let podman = of(&format!("[{deny}]"));
+        assert_eq!(podman, of("[]"));
+        assert_ne!(docker, podman);
+    }
+
+    #[test]
     fn rules_that_make_no_sense_are_refused() {
         for bad in [
             r#"[{"type":"x"}]"#,

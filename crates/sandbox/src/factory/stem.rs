@@ -37,6 +37,11 @@ pub fn main(args: &str) -> Result<(), SandboxError> {
     // SAFETY: who starts this role hands it this descriptor (standing::launch); this is the first
     // and only place that takes it.
     let line = unsafe { OwnedFd::from_raw_fd(LINE_FD) };
+    // A fork shares pages until it writes to them. What it adds to is best in small ones: of the
+    // large ones that monitors ask for, each would take two megabytes at its first byte.
+    if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
+        tracing::warn!(%error, "a stem has large pages");
+    }
     // One thread: only the tracer of a process may ask for anything of it.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(SandboxError::io("start the runtime"))?;
