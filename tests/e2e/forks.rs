@@ -9,14 +9,16 @@ use anyhow::{Context, Result, ensure};
 use kata_e2e::command::{self, words};
 use kata_e2e::docker::Container;
 use kata_e2e::leaks::{self, Part};
+use kata_e2e::oci::Oci;
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
 
-use super::templates::{Templates, ctl, ready, status};
+use super::templates::{Templates, config, ctl, ready, status};
 
 pub fn trials() -> Vec<Trial<Templates>> {
     trials!["forks":
-        Kata: sandbox_is_forked_into_a_jail_of_its_own, many_at_once_are_forked,
+        Kata: sandbox_is_forked_into_a_jail_of_its_own, fork_has_the_settings_of_a_machine_that_booted,
+            many_at_once_are_forked,
             fork_by_nine_p_has_the_owners_of_files, killed_server_takes_its_fork_along,
             killed_fork_is_told_and_leaves_nothing, stem_stays_as_long_as_its_forks,
             killed_stem_ends_its_forks_and_machines_are_cloned;
@@ -116,6 +118,34 @@ fn sandbox_is_forked_into_a_jail_of_its_own(templates: &Templates) -> Result<()>
         let refused = command::run(look.args(&words[1..]))?;
         ensure!(refused.err().contains("Permission denied"), "{refused}");
         command::ok(&mut ctl("factory destroy"))?;
+    }
+    Ok(())
+}
+
+/// What the stem has rehearsed leaves no setting behind: a container that asks for none has the
+/// kernel's.
+fn fork_has_the_settings_of_a_machine_that_booted(templates: &Templates) -> Result<()> {
+    const SCRIPT: &str = "grep -rs '' /proc/sys/net /proc/sys/kernel /proc/sys/vm | grep -v /random/ | sort; \
+        echo all; exec sleep 100000";
+    let settings = |flags: String, stage: &str| {
+        let mut oci = Oci::new(&templates.docker.arena, "kata-runtime", &templates.probe)?;
+        oci.flags = flags;
+        let bundle = oci.bundle(SCRIPT)?;
+        bundle.start()?;
+        let trace = command::ok(&mut ctl(&format!("trace {}", bundle.id)))?.out();
+        ensure!(trace.contains(stage), "{stage}:\n{trace}");
+        command::eventually("all settings", Duration::from_secs(60), || {
+            Ok(bundle.stdout()?.ends_with("\nall"))
+        })?;
+        bundle.stdout()
+    };
+    let booted = settings(String::new(), "share attached")?;
+    ensure!(booted.contains("ip_unprivileged_port_start:1024"), "{booted}");
+    for (name, _) in KINDS {
+        ready(templates, name)?;
+        let forked = settings(format!("--config {}", config(templates, name)), "monitor forked")?;
+        let changed: Vec<_> = forked.lines().zip(booted.lines()).filter(|(a, b)| a != b).collect();
+        ensure!(changed.is_empty() && forked.len() == booted.len(), "{name}: {changed:?}");
     }
     Ok(())
 }

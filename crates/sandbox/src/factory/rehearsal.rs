@@ -24,7 +24,8 @@ use std::path::Path;
 use std::time::Duration;
 use tokio::sync::Mutex;
 
-/// A container such as Docker makes.
+/// A container such as Docker makes. What it sets for the whole machine are the kernel's defaults,
+/// where Docker has others: it stays.
 const SPEC: &[u8] = include_bytes!("rehearsal.json");
 /// Where the container has its program.
 const PROGRAM: &str = "/rehearsal";
