@@ -17,8 +17,8 @@ use super::templates::{Templates, config, ctl, ready, status};
 
 pub fn trials() -> Vec<Trial<Templates>> {
     trials!["forks":
-        Kata: sandbox_is_forked_into_a_jail_of_its_own, fork_has_the_settings_of_a_machine_that_booted,
-            many_at_once_are_forked,
+        Kata: sandbox_is_forked_into_a_jail_of_its_own,
+            fork_has_the_settings_of_a_machine_that_booted, many_at_once_are_forked,
             fork_by_nine_p_has_the_owners_of_files, killed_server_takes_its_fork_along,
             killed_fork_is_told_and_leaves_nothing, stem_stays_as_long_as_its_forks,
             killed_stem_ends_its_forks_and_machines_are_cloned;
@@ -125,7 +125,7 @@ fn sandbox_is_forked_into_a_jail_of_its_own(templates: &Templates) -> Result<()>
 /// What the stem has rehearsed leaves no setting behind: a container that asks for none has the
 /// kernel's.
 fn fork_has_the_settings_of_a_machine_that_booted(templates: &Templates) -> Result<()> {
-    const SCRIPT: &str = "grep -rs '' /proc/sys/net /proc/sys/kernel /proc/sys/vm | grep -v /random/ | sort; \
+    const SCRIPT: &str = "cd /proc/sys; grep -rs '' net kernel vm | grep -v /random/ | sort; \
         echo all; exec sleep 100000";
     let settings = |flags: String, stage: &str| {
         let mut oci = Oci::new(&templates.docker.arena, "kata-runtime", &templates.probe)?;

@@ -192,9 +192,14 @@ mod tests {
 
     #[test]
     fn two_kinds_of_containers_are_described() {
-        for spec in specs().unwrap() {
-            let spec = kata_oci::Spec::parse(&spec).unwrap();
-            assert!(spec.linux.unwrap().seccomp.is_some());
-        }
+        let spec = |bytes: Vec<u8>| kata_oci::Spec::parse(&bytes).unwrap().linux.unwrap();
+        let [podman, docker] = specs().unwrap().map(spec);
+        assert!(podman.seccomp.is_some() && docker.seccomp.is_some());
+        let allowed = |linux: kata_oci::Linux| {
+            let devices = linux.resources.unwrap().devices.into_iter();
+            devices.filter(|rule| rule.allow).filter_map(|rule| rule.minor).collect::<Vec<i64>>()
+        };
+        assert!(allowed(podman).is_empty());
+        assert_eq!(allowed(docker), vec![3_i64, 1]);
     }
 }
