@@ -3,7 +3,8 @@
 //! The NICs were plugged before anybody knew what network the container gets, so each
 //! interface of the message names the NIC it is for by its first Ethernet address.
 //! [`configure`] may be called again and again: what is there and not wanted goes, and a
-//! NIC that no interface uses is put out of the containers' sight ([`Parking`]). Only the
+//! NIC that no interface uses is put out of the containers' sight ([`Parking`]), unless it is
+//! about to be used: the way there and back takes tens of milliseconds. Only the
 //! VM's NICs are touched; what containers make for themselves (bridges, tunnels) is theirs.
 //!
 //! On a fresh boot all of it is one list of interfaces read and one batch of requests
@@ -97,10 +98,26 @@ async fn configure_nics(
     let (links, indexes) = devices(&mut socket, sleeping, &wanted).await?;
     let is_unused =
         |link: &&Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
-    let unused: Vec<u32> = links.iter().filter(is_unused).map(|link| link.index).collect();
+    let unused: Vec<&Link> = links.iter().filter(is_unused).collect();
+    if network.keep_unused {
+        lay_down(&mut socket, &unused)?;
+        return apply(&mut socket, &wanted, &links, &indexes);
+    }
+    let unused: Vec<u32> = unused.into_iter().map(|link| link.index).collect();
     parking.put(&mut socket, &unused)?;
     let links: Vec<Link> = links.into_iter().filter(|link| !unused.contains(&link.index)).collect();
     apply(&mut socket, &wanted, &links, &indexes)
+}
+
+/// Makes NICs such as they are before their first use.
+fn lay_down(socket: &mut Socket, nics: &[&Link]) -> Result<(), NetlinkError> {
+    let up: Vec<&Link> = nics.iter().copied().filter(|nic| nic.is_up()).collect();
+    if up.is_empty() {
+        return Ok(());
+    }
+    let mut requests = Tables::read(socket, &up)?.delete();
+    requests.extend(up.iter().map(|nic| Link::down(nic.index)));
+    socket.send(requests)
 }
 
 /// Takes `lo` up, which gives it 127.0.0.1/8 and ::1.
@@ -313,7 +330,7 @@ fn apply(
     let tables = wanted.resolve(indexes);
     let mut requests = link_requests(wanted, links, indexes);
     let mut present = Tables::default();
-    // An interface that was never up has nothing that could be in the way.
+    // An interface that was never up, or was laid down, has nothing that could be in the way.
     if ours.iter().any(|link| link.is_up()) {
         socket.send(std::mem::take(&mut requests))?;
         let stale = Tables::read(socket, &ours)?.without(&tables);

@@ -244,6 +244,14 @@ impl Network {
         Ok(Some(network))
     }
 
+    /// What the guest is to be told when all interfaces have gone and others are to come. It is
+    /// told what comes then, also if that is nothing.
+    pub(crate) fn clear(&mut self) -> Result<agent::Network, SandboxError> {
+        let network = self.sync(None)?.unwrap_or_default();
+        self.told = None;
+        Ok(agent::Network { keep_unused: true, ..network })
+    }
+
     /// The NICs of interfaces that are gone wait for others.
     fn part_from_gone(&mut self, links: &[Link]) {
         let gone = |joined: &mut Joined| links.iter().all(|link| link.index != joined.link.index);

@@ -282,6 +282,36 @@ fn unused_nics_are_out_of_sight_until_they_are_wanted() {
 }
 
 #[test]
+fn a_nic_that_is_kept_is_as_before_its_first_use() {
+    let (guest, _wire) = guest(1);
+    let mut parking = Parking::default();
+    let kept = agent::Network { keep_unused: true, ..agent::Network::default() };
+    configure_in(&guest, &mut parking, &kept).unwrap();
+    assert_eq!(names(&guest), ["lo", "nic0"]);
+    let used = vec![interface(0, "eth0", "10.0.0.2/24"), interface(0, "eth1", "fd00::2/64")];
+    for interface in used {
+        let wanted = network(vec![interface.clone()]);
+        configure_in(&guest, &mut parking, &wanted).unwrap();
+        // What a router announced went with the link, what was set would not.
+        assert_eq!(addresses(&guest), interface.addresses);
+        configure_in(&guest, &mut parking, &kept).unwrap();
+        assert_eq!(names(&guest), [interface.name.as_str(), "lo"]);
+        assert_eq!(addresses(&guest), [""; 0]);
+        let links = guest.run(|| Link::all(&mut Socket::open().unwrap()).unwrap()).unwrap();
+        assert!(links.iter().all(|link| link.is_up() == link.is_loopback()), "{links:?}");
+    }
+    configure_in(&guest, &mut parking, &agent::Network::default()).unwrap();
+    assert_eq!(names(&guest), ["lo"]);
+}
+
+/// All addresses but those of `lo`.
+fn addresses(guest: &Netns) -> Vec<String> {
+    let all = guest.run(|| Address::all(&mut Socket::open().unwrap()).unwrap()).unwrap();
+    let others = all.into_iter().filter(|address| address.link != LOOPBACK);
+    others.map(|address| address.prefix.to_string()).collect()
+}
+
+#[test]
 fn what_a_container_made_for_itself_stays() {
     let (guest, _wire) = guest(1);
     ip(

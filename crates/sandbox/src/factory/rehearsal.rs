@@ -112,9 +112,7 @@ impl Rehearsal<'_> {
         step.set("take the network away");
         relay.end_input();
         drop(link);
-        if let Some(without) = self.network.sync(None)? {
-            self.agent.configure_network(&without).await?;
-        }
+        self.agent.configure_network(&self.network.clear()?).await?;
         for attachment in bundle.plan.attachments.iter().rev() {
             self.share.detach(&attachment.at)?;
         }
