@@ -18,7 +18,8 @@ use super::templates::{Templates, config, ctl, ready, status};
 pub fn trials() -> Vec<Trial<Templates>> {
     trials!["forks":
         Kata: sandbox_is_forked_into_a_jail_of_its_own,
-            fork_has_the_settings_of_a_machine_that_booted, many_at_once_are_forked,
+            fork_has_the_settings_of_a_machine_that_booted,
+            fork_has_the_networks_it_is_given_and_no_other, many_at_once_are_forked,
             fork_by_nine_p_has_the_owners_of_files, killed_server_takes_its_fork_along,
             killed_fork_is_told_and_leaves_nothing, stem_stays_as_long_as_its_forks,
             killed_stem_ends_its_forks_and_machines_are_cloned;
@@ -146,6 +147,26 @@ fn fork_has_the_settings_of_a_machine_that_booted(templates: &Templates) -> Resu
         let forked = settings(format!("--config {}", config(templates, name)), "monitor forked")?;
         let changed: Vec<_> = forked.lines().zip(booted.lines()).filter(|(a, b)| a != b).collect();
         ensure!(changed.is_empty() && forked.len() == booted.len(), "{name}: {changed:?}");
+    }
+    Ok(())
+}
+
+/// The NIC that the stem has rehearsed with shows nothing of that, and is not to be seen where there
+/// is no network.
+fn fork_has_the_networks_it_is_given_and_no_other(templates: &Templates) -> Result<()> {
+    const ADDRESSES: &str = "ip -o addr | awk '{ print $2, $4 }'; ip route | wc -l";
+    for (name, options) in KINDS {
+        ready(templates, name)?;
+        let none = forked(templates, &format!("{options} --network none"))?;
+        ensure!(none.exec("ls /sys/class/net")? == "lo");
+        let seen = none.exec(ADDRESSES)?;
+        ensure!(seen.lines().all(|line| line.starts_with("lo ") || line == "0"), "{seen}");
+        let one = forked(templates, options)?;
+        let seen = one.exec(&format!("ls /sys/class/net; {ADDRESSES}"))?;
+        let address = one.address("bridge")?;
+        ensure!(seen.starts_with("eth0\nlo\n") && seen.contains(&address), "{seen}");
+        let of_eth0 = |line: &&str| line.starts_with("eth0 ") && !line.contains("fe80:");
+        ensure!(seen.lines().filter(of_eth0).count() == 1 && seen.ends_with("\n2"), "{seen}");
     }
     Ok(())
 }

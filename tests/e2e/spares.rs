@@ -18,7 +18,8 @@ use super::templates::{Templates, config, ctl, ready, status};
 pub fn trials() -> Vec<Trial<Templates>> {
     trials!["spares":
         Kata: sandbox_takes_a_spare_and_another_is_made, sandboxes_from_spares_differ,
-            spare_serves_network_volumes_and_terminals, sandbox_with_a_limit_takes_none,
+            spare_serves_network_volumes_and_terminals, spare_without_a_network_has_none,
+            sandbox_with_a_limit_takes_none,
             network_that_a_hook_makes_is_there, failing_hook_leaves_nothing_of_a_spare,
             killed_spare_is_made_anew, spares_end_with_the_factory,
             what_all_killed_leave_is_undone_by_the_next,
@@ -137,6 +138,16 @@ fn failing_hook_leaves_nothing_of_a_spare(templates: &Templates) -> Result<()> {
     ensure!(!directory.exists(), "{} is left", directory.display());
     filled(templates)?;
     ensure!(leaks::processes_named("kata-sandbox (spare)")? != spares, "no spare was taken");
+    Ok(())
+}
+
+/// The spare has a NIC, with which it has rehearsed.
+fn spare_without_a_network_has_none(templates: &Templates) -> Result<()> {
+    filled(templates)?;
+    let container = templates.docker.sleeper(&format!("{TAKE} --network none"))?;
+    ensure!(taken(templates, &container.name)?, "it was started");
+    let seen = container.exec("ls /sys/class/net; ip route")?;
+    ensure!(seen == "lo", "{seen}");
     Ok(())
 }
 
