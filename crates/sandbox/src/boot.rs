@@ -2,6 +2,7 @@
 
 use crate::agent::Agent;
 use crate::factory::{self, Keeper, Recipe, Rehearsed, Template, Warm};
+use crate::joining::Joining;
 use crate::network::Network;
 use crate::packets::Packets;
 use crate::process::lock;
@@ -10,7 +11,7 @@ use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
 use crate::vm_config::{self, Later};
 use crate::{SandboxDir, SandboxError};
-use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
+use kata_cgroups::{Cgroup, Hierarchy};
 use kata_config::{SandboxConfig, Sizing};
 use kata_hypervisor::{Hypervisor, Qemu, Start, VmConfig};
 use kata_network::{Mac, Model, Netns};
@@ -19,7 +20,6 @@ use kata_protocol::{Id, chain};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Mutex;
-use tokio::task::JoinHandle;
 
 /// What a machine is started for.
 pub(crate) struct Boot<'a> {
@@ -41,10 +41,8 @@ pub(crate) struct Boot<'a> {
 pub(crate) struct Started {
     pub config: SandboxConfig,
     pub sizing: Sizing,
-    pub cgroup: Cgroup,
-    /// Those that are not in it yet are on the way. It takes a kernel with many hierarchies
-    /// some ten milliseconds, in which the guest can answer.
-    pub joining: Option<JoinHandle<Result<(), CgroupError>>>,
+    /// Not all of its processes may be in its cgroup yet.
+    pub joining: Joining,
     pub network: Option<Network>,
     pub share: Share,
     pub hypervisor: Qemu,
@@ -73,41 +71,26 @@ pub(crate) async fn start(
         }
     }
     let (config, sizing) = recipe.configure(boot.sandbox)?;
-    let cgroup = join_cgroup(boot.spec, boot.container, state)?;
+    let joining = Joining::new(make_cgroup(boot.spec, boot.container, state)?);
+    joining.add(std::process::id().cast_signed()).await;
     stages.mark("configuration and cgroup");
 
     let model = vm_config::network_model(&config);
     let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
-    let power = Power { boot, config: &config, sizing: &sizing, state, stages };
-    let template = match &network {
-        // A template has one NIC that waits for its network.
-        // A fork's monitor is in no namespace that could be shown.
-        Some(_) if model == Model::TcFilter => {
-            power.template(&recipe, !boot.monitor_shows_netns).await
+    let (config_of, joining_of) = (&config, Some(&joining));
+    let power =
+        Power { boot, config: config_of, sizing: &sizing, joining: joining_of, state, stages };
+    match power.start(&recipe, &mut network).await {
+        Ok((share, hypervisor, awake)) => {
+            let (met, line) = (None, None);
+            Ok(Started { config, sizing, joining, network, share, hypervisor, met, awake, line })
         }
-        _ => None,
-    };
-    let mut awake = matches!(&template, Some(Cloned { keeper: Some(_), .. }));
-    let (share, hypervisor) = match template {
-        Some(Cloned { key, vm, keeper }) => match power.clone_on(&mut network, vm, keeper).await {
-            Ok(started) => started,
-            Err(error) => {
-                tracing::warn!(sandbox = %boot.sandbox, error = %chain(&error),
-                    "the template cannot be used: the machine boots");
-                factory::report_broken(&key).await;
-                awake = false;
-                if let Some(network) = &mut network {
-                    network.take_back();
-                }
-                power.boot_on(&mut network).await?
-            }
-        },
-        None => power.boot_on(&mut network).await?,
-    };
-    // A fork is no child of this process, which is in it.
-    let joining = awake.then(|| join_later(&cgroup, vec![hypervisor.pid()]));
-    let (met, line) = (None, None);
-    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, awake, line })
+        Err(error) => {
+            // Nobody is to arrive in a cgroup that is about to be removed.
+            let _ = joining.done().await;
+            Err(error)
+        }
+    }
 }
 
 /// Makes a machine that stands still this sandbox's.
@@ -121,18 +104,19 @@ async fn adopt(
     let Rehearsed { config, sizing, mut network, share, mut hypervisor, agent } = machine;
     hypervisor.resume().await?;
     stages.mark("monitor goes on");
-    let cgroup = make_cgroup(boot.spec, boot.container, state)?;
+    let joining = Joining::new(make_cgroup(boot.spec, boot.container, state)?);
     let devices = share.process().map(kata_jail::Child::pid);
     let pids = [Some(std::process::id().cast_signed()), Some(hypervisor.pid()), devices];
-    let joining = join_later(&cgroup, pids.into_iter().flatten().collect());
+    for pid in pids.into_iter().flatten() {
+        joining.add(pid).await;
+    }
     if let Some(netns) = boot.netns.as_ref().filter(|_| !boot.monitor_shows_netns) {
         network.move_to(Netns::open(netns.path())?);
     }
     boot.netns = None;
     stages.mark("spare taken over");
-    let (network, joining) = (Some(network), Some(joining));
-    let (met, awake, line) = (Some(agent), true, Some(line));
-    Ok(Started { config, sizing, cgroup, joining, network, share, hypervisor, met, awake, line })
+    let (network, met, awake, line) = (Some(network), Some(agent), true, Some(line));
+    Ok(Started { config, sizing, joining, network, share, hypervisor, met, awake, line })
 }
 
 /// What a machine is cloned from.
@@ -150,11 +134,54 @@ pub(crate) struct Power<'a> {
     pub boot: &'a Boot<'a>,
     pub config: &'a SandboxConfig,
     pub sizing: &'a Sizing,
+    /// Spares and stems are in none.
+    pub joining: Option<&'a Joining>,
     pub state: &'a Mutex<StateFile>,
     pub stages: &'a Stages,
 }
 
 impl Power<'_> {
+    /// Starts the machine in the cheapest way there is; says whether it was not booted.
+    async fn start(
+        &self,
+        recipe: &Recipe,
+        network: &mut Option<Network>,
+    ) -> Result<(Share, Qemu, bool), SandboxError> {
+        let template = match network {
+            // A template has one NIC that waits for its network.
+            // A fork's monitor is in no namespace that could be shown.
+            Some(_) if vm_config::network_model(self.config) == Model::TcFilter => {
+                self.template(recipe, !self.boot.monitor_shows_netns).await
+            }
+            _ => None,
+        };
+        let Some(Cloned { key, vm, keeper }) = template else {
+            let (share, hypervisor) = self.boot_on(network).await?;
+            return Ok((share, hypervisor, false));
+        };
+        let forks = keeper.is_some();
+        match self.clone_on(network, vm, keeper).await {
+            Ok((share, hypervisor)) => Ok((share, hypervisor, forks)),
+            Err(error) => {
+                tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
+                    "the template cannot be used: the machine boots");
+                factory::report_broken(&key).await;
+                if let Some(network) = network {
+                    network.take_back();
+                }
+                let (share, hypervisor) = self.boot_on(network).await?;
+                Ok((share, hypervisor, false))
+            }
+        }
+    }
+
+    /// Has a process moved into the sandbox's cgroup.
+    async fn move_in(&self, pid: i32) {
+        if let Some(joining) = self.joining {
+            joining.add(pid).await;
+        }
+    }
+
     /// The clone of such a machine's template; none while there is no template. It may be a fork
     /// if `forks` are wanted.
     pub(crate) async fn template(&self, recipe: &Recipe, forks: bool) -> Option<Cloned> {
@@ -223,13 +250,16 @@ impl Power<'_> {
         let (share, device) = Share::start(config, boot.sandbox, boot.dir)?;
         if let Some(devices) = share.process() {
             lock(self.state).record_process(devices.pid(), "devices process")?;
+            // This process may not have been in the cgroup when it started that one.
+            self.move_in(devices.pid()).await;
         }
         self.stages.mark("share started");
         vm.share = Some(device);
         let mut hypervisor = Qemu::new(vm);
+        let forks = keeper.is_some();
         let started = match keeper {
             Some(keeper) => fork(&mut hypervisor, &keeper).await,
-            None => hypervisor.start().await.map_err(SandboxError::from),
+            None => self.exec(&mut hypervisor).await,
         };
         if let Err(error) = started {
             share.end().await;
@@ -238,7 +268,19 @@ impl Power<'_> {
         for (stage, at) in hypervisor.milestones() {
             self.stages.mark_at(stage, *at);
         }
+        if forks {
+            // It is no child of this process.
+            self.move_in(hypervisor.pid()).await;
+        }
         Ok((share, hypervisor))
+    }
+
+    /// Starts a monitor of its own. What that takes is counted from its first page on.
+    async fn exec(&self, hypervisor: &mut Qemu) -> Result<(), SandboxError> {
+        if let Some(joining) = self.joining {
+            joining.done().await?;
+        }
+        Ok(hypervisor.start().await?)
     }
 }
 
@@ -247,25 +289,6 @@ async fn fork(hypervisor: &mut Qemu, keeper: &Keeper) -> Result<(), SandboxError
     let order = hypervisor.order().await?;
     let child = keeper.fork(order).await.map_err(SandboxError::io("fork a monitor"))?;
     Ok(hypervisor.forked(child).await?)
-}
-
-/// Makes the container's cgroup and moves this process into it, so that all it starts is
-/// counted there.
-fn join_cgroup(
-    spec: &Spec,
-    container: &Id,
-    state: &Mutex<StateFile>,
-) -> Result<Cgroup, SandboxError> {
-    let cgroup = make_cgroup(spec, container, state)?;
-    let failed = |source| SandboxError::Cgroup { path: cgroup.path(), source };
-    cgroup.add(std::process::id().cast_signed()).map_err(failed)?;
-    Ok(cgroup)
-}
-
-/// Moves processes into the cgroup, while the guest can do something.
-fn join_later(cgroup: &Cgroup, pids: Vec<i32>) -> JoinHandle<Result<(), CgroupError>> {
-    let cgroup = cgroup.clone();
-    tokio::task::spawn_blocking(move || pids.into_iter().try_for_each(|pid| cgroup.add(pid)))
 }
 
 /// Makes the container's cgroup. Written down first.

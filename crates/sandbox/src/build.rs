@@ -31,7 +31,9 @@ struct New<'a> {
 }
 
 impl New<'_> {
+    /// They find the sandbox's processes in its cgroup.
     async fn run_hooks(&self) -> Result<(), SandboxError> {
+        self.machine.joined().await?;
         let hooks = self.bundle.hooks();
         hooks::run("prestart", &hooks.prestart, &self.state).await?;
         hooks::run("createRuntime", &hooks.create_runtime, &self.state).await
@@ -93,8 +95,8 @@ impl Sandbox {
     ) -> Result<i32, SandboxError> {
         let pid = request.stand_in.unwrap_or_else(|| machine.pid());
         if let Some(pid) = request.stand_in {
-            machine.adopt(pid)?;
             lock(&self.state).record_process(pid, "stand-in")?;
+            machine.adopt_later(pid).await;
         }
         let state = hook_state(&bundle.id, &bundle.path, &bundle.spec, Status::Creating, pid);
         let reference = ProcessRef { container: bundle.id.clone(), exec: None };

@@ -20,6 +20,7 @@ mod forward;
 pub mod fuzzing;
 mod hooks;
 mod io;
+mod joining;
 mod life;
 mod machine;
 mod network;

@@ -8,6 +8,7 @@ use crate::agent::{Agent, Guest, Hello, NewContainer};
 use crate::boot::{self, Boot, Started};
 use crate::container::Bundle;
 use crate::factory::Warm;
+use crate::joining::Joining;
 use crate::network::Network;
 use crate::packets::Packets;
 use crate::process::lock;
@@ -15,7 +16,7 @@ use crate::share::Share;
 use crate::stages::Stages;
 use crate::state::{MACHINE_ROLE, StateFile};
 use crate::{SandboxDir, SandboxError, vm_config};
-use kata_cgroups::{Cgroup, CgroupError, Hierarchy};
+use kata_cgroups::Hierarchy;
 use kata_channel::HostChannel;
 use kata_hypervisor::{Console, Device, DeviceId, Hypervisor, HypervisorError, Qemu};
 use kata_network::Netns;
@@ -27,7 +28,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{OnceCell, watch};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::AbortHandle;
 
 /// How long a call that failed waits to learn which death was the cause.
 const CAUSE: Duration = Duration::from_millis(500);
@@ -64,7 +65,8 @@ pub(crate) struct Machine {
     without_seccomp: bool,
     /// The console goes to the log.
     debug: bool,
-    cgroup: Cgroup,
+    /// Its cgroup.
+    joining: Joining,
     network: tokio::sync::Mutex<Option<Network>>,
     resolv_conf: Option<PathBuf>,
     /// The resolver whose answers are carried to the guest, and what carries them.
@@ -73,8 +75,6 @@ pub(crate) struct Machine {
     stopping: AtomicBool,
     stopped: OnceCell<()>,
     stages: Stages,
-    /// Moves of its processes into the cgroup.
-    joining: tokio::sync::Mutex<Option<JoinHandle<Result<(), CgroupError>>>>,
     /// The factory makes no further spare while this is held.
     factory: Mutex<Option<Packets>>,
 }
@@ -88,8 +88,7 @@ impl Machine {
     ) -> Result<Self, SandboxError> {
         let stages = Stages::start();
         let started = boot::start(&mut boot, state, &stages, warm).await?;
-        let Started { config, sizing, cgroup, joining, network, share, mut hypervisor, .. } =
-            started;
+        let Started { config, sizing, joining, network, share, mut hypervisor, .. } = started;
         let pid = hypervisor.pids().first().copied().unwrap_or_default();
         lock(state).record_process(pid, MACHINE_ROLE)?;
         stages.mark("virtual machine started");
@@ -115,7 +114,7 @@ impl Machine {
             create_patience: Duration::from_secs(config.runtime.create_container_timeout.into()),
             without_seccomp: config.runtime.disable_guest_seccomp,
             debug: config.hypervisor.enable_debug,
-            cgroup,
+            joining,
             network: tokio::sync::Mutex::new(network),
             resolv_conf: boot.resolv_conf.map(Path::to_owned),
             dns: tokio::sync::Mutex::default(),
@@ -123,7 +122,6 @@ impl Machine {
             stopping: AtomicBool::new(false),
             stopped: OnceCell::new(),
             stages,
-            joining: tokio::sync::Mutex::new(joining),
             factory: Mutex::new(started.line),
             hypervisor: tokio::sync::Mutex::new(hypervisor),
         };
@@ -203,17 +201,19 @@ impl Machine {
 
     /// Puts a process that stands for one of the guest's into the sandbox's cgroup.
     pub(crate) fn adopt(&self, pid: i32) -> Result<(), SandboxError> {
-        self.cgroup.add(pid).map_err(|source| self.cgroup_error(source))
+        self.joining.cgroup().add(pid).map_err(|source| self.joining.failed(source))
+    }
+
+    /// Begins to do so.
+    pub(crate) async fn adopt_later(&self, pid: i32) {
+        self.joining.add(pid).await;
     }
 
     /// What the sandbox's processes use on the host.
     pub(crate) fn host_stats(&self) -> Result<message::StatsResponse, SandboxError> {
-        let used = self.cgroup.stats().map_err(|source| self.cgroup_error(source))?;
+        let used = self.joining.cgroup().stats();
+        let used = used.map_err(|source| self.joining.failed(source))?;
         Ok(kata_protocol::stats::response(used, Vec::new()))
-    }
-
-    fn cgroup_error(&self, source: CgroupError) -> SandboxError {
-        SandboxError::Cgroup { path: self.cgroup.path(), source }
     }
 
     /// Puts host paths into the share.
@@ -309,11 +309,8 @@ impl Machine {
     }
 
     /// Waits until all its processes are in the sandbox's cgroup.
-    async fn joined(&self) -> Result<(), SandboxError> {
-        let Some(joining) = self.joining.lock().await.take() else { return Ok(()) };
-        let joined = joining.await.map_err(std::io::Error::from);
-        let joined = joined.map_err(SandboxError::io("move processes into the cgroup"))?;
-        joined.map_err(|source| self.cgroup_error(source))
+    pub(crate) async fn joined(&self) -> Result<(), SandboxError> {
+        self.joining.done().await
     }
 
     fn last_words(&self) -> String {
