@@ -13,13 +13,15 @@ use kata_e2e::oci::Oci;
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
 
+use super::spares::with_hook;
 use super::templates::{Templates, config, ctl, ready, status};
 
 pub fn trials() -> Vec<Trial<Templates>> {
     trials!["forks":
         Kata: sandbox_is_forked_into_a_jail_of_its_own,
             fork_has_the_settings_of_a_machine_that_booted,
-            fork_has_the_networks_it_is_given_and_no_other, many_at_once_are_forked,
+            fork_has_the_networks_it_is_given_and_no_other,
+            hook_finds_a_forks_processes_in_its_cgroup, many_at_once_are_forked,
             fork_by_nine_p_has_the_owners_of_files, killed_server_takes_its_fork_along,
             killed_fork_is_told_and_leaves_nothing, stem_stays_as_long_as_its_forks,
             killed_stem_ends_its_forks_and_machines_are_cloned;
@@ -167,6 +169,36 @@ fn fork_has_the_networks_it_is_given_and_no_other(templates: &Templates) -> Resu
         ensure!(seen.starts_with("eth0\nlo\n") && seen.contains(&address), "{seen}");
         let of_eth0 = |line: &&str| line.starts_with("eth0 ") && !line.contains("fe80:");
         ensure!(seen.lines().filter(of_eth0).count() == 1 && seen.ends_with("\n2"), "{seen}");
+    }
+    Ok(())
+}
+
+/// They are moved while the machine is made.
+fn hook_finds_a_forks_processes_in_its_cgroup(templates: &Templates) -> Result<()> {
+    const SCRIPT: &str = "pid=$(sed -E 's/.*\"pid\": ?([0-9]+).*/\\1/'); \
+        group=$(awk -F: '$2 == \"memory\" || $2 == \"\" { print $3; exit }' /proc/$pid/cgroup); \
+        procs=$(ls -d /sys/fs/cgroup/memory$group /sys/fs/cgroup$group 2>/dev/null | head -n1); \
+        { echo $group; cat $procs/cgroup.procs; }";
+    for (name, _) in KINDS {
+        ready(templates, name)?;
+        let mut oci = Oci::new(&templates.docker.arena, "kata-runtime", &templates.probe)?;
+        oci.flags = format!("--config {}", config(templates, name));
+        let bundle = oci.bundle("exec sleep 100000")?;
+        let seen = bundle.dir.join("seen");
+        let script = format!("{SCRIPT} > {}", seen.display());
+        let bundle = with_hook(bundle, "createRuntime", &script)?;
+        bundle.start()?;
+        let trace = command::ok(&mut ctl(&format!("trace {}", bundle.id)))?.out();
+        ensure!(trace.contains("monitor forked"), "it was not forked:\n{trace}");
+        let seen = fs::read_to_string(seen)?;
+        let (group, procs) = seen.split_once('\n').context("a cgroup")?;
+        ensure!(group.ends_with(&bundle.id), "{seen}");
+        let procs: BTreeSet<i32> = procs.lines().filter_map(|pid| pid.parse().ok()).collect();
+        let mut wanted = leaks::processes_named(&format!("kata-sandbox {}", bundle.id))?;
+        wanted.extend(leaks::processes_of(&bundle.id, Part::Hypervisor)?);
+        wanted.push(bundle.pid()?);
+        ensure!(wanted.len() == 3, "{wanted:?}");
+        ensure!(wanted.iter().all(|pid| procs.contains(pid)), "{wanted:?} in {seen}");
     }
     Ok(())
 }

@@ -101,7 +101,7 @@ fn bundles(templates: &Templates) -> Result<Oci> {
     Ok(oci)
 }
 
-fn with_hook<'a>(bundle: Bundle<'a>, kind: &str, script: &str) -> Result<Bundle<'a>> {
+pub(super) fn with_hook<'a>(bundle: Bundle<'a>, kind: &str, script: &str) -> Result<Bundle<'a>> {
     let path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
     let hook = json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": [path] });
     bundle.with(|spec| spec["hooks"] = json!({ kind: [hook] }))
