@@ -155,30 +155,32 @@ impl Power<'_> {
             }
             _ => None,
         };
-        let Some(Cloned { key, vm, keeper }) = template else {
-            let (share, hypervisor) = self.boot_on(network).await?;
-            return Ok((share, hypervisor, false));
-        };
-        let forks = keeper.is_some();
-        match self.clone_on(network, vm, keeper).await {
-            Ok((share, hypervisor)) => Ok((share, hypervisor, forks)),
-            Err(error) => {
-                tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
-                    "the template cannot be used: the machine boots");
-                factory::report_broken(&key).await;
-                if let Some(network) = network {
-                    network.take_back();
-                }
-                let (share, hypervisor) = self.boot_on(network).await?;
-                Ok((share, hypervisor, false))
-            }
+        let forks = matches!(&template, Some(Cloned { keeper: Some(_), .. }));
+        if !forks {
+            self.joined().await?;
         }
+        if let Some(Cloned { key, vm, keeper }) = template {
+            match self.clone_on(network, vm, keeper).await {
+                Ok((share, hypervisor)) => return Ok((share, hypervisor, forks)),
+                Err(error) => tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
+                    "the template cannot be used: the machine boots"),
+            }
+            factory::report_broken(&key).await;
+            if let Some(network) = network {
+                network.take_back();
+            }
+            self.joined().await?;
+        }
+        let (share, hypervisor) = self.boot_on(network).await?;
+        Ok((share, hypervisor, false))
     }
 
-    /// Has a process moved into the sandbox's cgroup.
-    async fn move_in(&self, pid: i32) {
-        if let Some(joining) = self.joining {
-            joining.add(pid).await;
+    /// This process is in the sandbox's cgroup. What a monitor that it executes takes is counted
+    /// from the first page on.
+    async fn joined(&self) -> Result<(), SandboxError> {
+        match self.joining {
+            Some(joining) => joining.done().await,
+            None => Ok(()),
         }
     }
 
@@ -250,8 +252,6 @@ impl Power<'_> {
         let (share, device) = Share::start(config, boot.sandbox, boot.dir)?;
         if let Some(devices) = share.process() {
             lock(self.state).record_process(devices.pid(), "devices process")?;
-            // This process may not have been in the cgroup when it started that one.
-            self.move_in(devices.pid()).await;
         }
         self.stages.mark("share started");
         vm.share = Some(device);
@@ -259,7 +259,7 @@ impl Power<'_> {
         let forks = keeper.is_some();
         let started = match keeper {
             Some(keeper) => fork(&mut hypervisor, &keeper).await,
-            None => self.exec(&mut hypervisor).await,
+            None => hypervisor.start().await.map_err(SandboxError::from),
         };
         if let Err(error) = started {
             share.end().await;
@@ -268,19 +268,14 @@ impl Power<'_> {
         for (stage, at) in hypervisor.milestones() {
             self.stages.mark_at(stage, *at);
         }
-        if forks {
-            // It is no child of this process.
-            self.move_in(hypervisor.pid()).await;
+        if let Some(joining) = self.joining.filter(|_| forks) {
+            // This process may be on the way to its cgroup still, and the monitor is no child of it.
+            let devices = share.process().map(kata_jail::Child::pid);
+            for pid in devices.into_iter().chain([hypervisor.pid()]) {
+                joining.add(pid).await;
+            }
         }
         Ok((share, hypervisor))
-    }
-
-    /// Starts a monitor of its own. What that takes is counted from its first page on.
-    async fn exec(&self, hypervisor: &mut Qemu) -> Result<(), SandboxError> {
-        if let Some(joining) = self.joining {
-            joining.done().await?;
-        }
-        Ok(hypervisor.start().await?)
     }
 }
 

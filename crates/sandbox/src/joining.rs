@@ -26,10 +26,16 @@ impl Joining {
         &self.cgroup
     }
 
-    /// Begins to move a process.
+    /// Begins to move a process. One that has ended meanwhile is missed by who waits for it.
     pub(crate) async fn add(&self, pid: i32) {
         let cgroup = self.cgroup.clone();
-        self.moves.lock().await.spawn_blocking(move || cgroup.add(pid));
+        let add = move || match cgroup.add(pid) {
+            Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(libc::ESRCH) => {
+                Ok(())
+            }
+            moved => moved,
+        };
+        self.moves.lock().await.spawn_blocking(add);
     }
 
     /// Waits until all are in it.
@@ -38,12 +44,15 @@ impl Joining {
     /// Those of the first one that cannot be moved.
     pub(crate) async fn done(&self) -> Result<(), SandboxError> {
         let mut moves = self.moves.lock().await;
+        let mut done = Ok(());
         while let Some(moved) = moves.join_next().await {
-            let moved = moved.map_err(std::io::Error::from);
-            let moved = moved.map_err(SandboxError::io("move processes into the cgroup"))?;
-            moved.map_err(|source| self.failed(source))?;
+            let moved = match moved {
+                Ok(moved) => moved.map_err(|source| self.failed(source)),
+                Err(panic) => Err(SandboxError::io("move processes into the cgroup")(panic.into())),
+            };
+            done = done.and(moved);
         }
-        Ok(())
+        done
     }
 
     /// What cannot be done with the cgroup, as an error of the sandbox.
