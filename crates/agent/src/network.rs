@@ -97,21 +97,21 @@ async fn configure_nics(
     sleeping.wake(wanted.interfaces.len()).map_err(NetworkError::Wake)?;
     let (links, indexes) = devices(&mut socket, sleeping, &wanted).await?;
     let is_unused =
-        |link: &&Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
-    let unused: Vec<&Link> = links.iter().filter(is_unused).collect();
+        |link: &Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
+    let (unused, mut links): (Vec<_>, Vec<_>) = links.into_iter().partition(is_unused);
     if network.keep_unused {
         lay_down(&mut socket, &unused)?;
-        return apply(&mut socket, &wanted, &links, &indexes);
+        links.extend(unused);
+    } else {
+        let unused: Vec<u32> = unused.iter().map(|link| link.index).collect();
+        parking.put(&mut socket, &unused)?;
     }
-    let unused: Vec<u32> = unused.into_iter().map(|link| link.index).collect();
-    parking.put(&mut socket, &unused)?;
-    let links: Vec<Link> = links.into_iter().filter(|link| !unused.contains(&link.index)).collect();
     apply(&mut socket, &wanted, &links, &indexes)
 }
 
-/// Makes NICs such as they are before their first use.
-fn lay_down(socket: &mut Socket, nics: &[&Link]) -> Result<(), NetlinkError> {
-    let up: Vec<&Link> = nics.iter().copied().filter(|nic| nic.is_up()).collect();
+/// Takes NICs down, without the addresses that they would keep.
+fn lay_down(socket: &mut Socket, nics: &[Link]) -> Result<(), NetlinkError> {
+    let up: Vec<&Link> = nics.iter().filter(|nic| nic.is_up()).collect();
     if up.is_empty() {
         return Ok(());
     }

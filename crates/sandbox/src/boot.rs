@@ -77,10 +77,8 @@ pub(crate) async fn start(
 
     let model = vm_config::network_model(&config);
     let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
-    let (config_of, joining_of) = (&config, Some(&joining));
-    let power =
-        Power { boot, config: config_of, sizing: &sizing, joining: joining_of, state, stages };
-    match power.start(&recipe, &mut network).await {
+    let power = Power { boot, config: &config, sizing: &sizing, state, stages };
+    match power.start(&recipe, &mut network, &joining).await {
         Ok((share, hypervisor, awake)) => {
             let (met, line) = (None, None);
             Ok(Started { config, sizing, joining, network, share, hypervisor, met, awake, line })
@@ -134,18 +132,18 @@ pub(crate) struct Power<'a> {
     pub boot: &'a Boot<'a>,
     pub config: &'a SandboxConfig,
     pub sizing: &'a Sizing,
-    /// Spares and stems are in none.
-    pub joining: Option<&'a Joining>,
     pub state: &'a Mutex<StateFile>,
     pub stages: &'a Stages,
 }
 
 impl Power<'_> {
-    /// Starts the machine in the cheapest way there is; says whether it was not booted.
+    /// Starts the machine in the cheapest way there is; says whether it was not booted. What a
+    /// monitor that is executed takes is counted in the cgroup from the first page on.
     async fn start(
         &self,
         recipe: &Recipe,
         network: &mut Option<Network>,
+        joining: &Joining,
     ) -> Result<(Share, Qemu, bool), SandboxError> {
         let template = match network {
             // A template has one NIC that waits for its network.
@@ -157,11 +155,20 @@ impl Power<'_> {
         };
         let forks = matches!(&template, Some(Cloned { keeper: Some(_), .. }));
         if !forks {
-            self.joined().await?;
+            joining.done().await?;
         }
         if let Some(Cloned { key, vm, keeper }) = template {
             match self.clone_on(network, vm, keeper).await {
-                Ok((share, hypervisor)) => return Ok((share, hypervisor, forks)),
+                Ok((share, hypervisor)) => {
+                    if forks {
+                        // No child of this process, and one of before it was in its cgroup.
+                        let devices = share.process().map(kata_jail::Child::pid);
+                        for pid in devices.into_iter().chain([hypervisor.pid()]) {
+                            joining.add(pid).await;
+                        }
+                    }
+                    return Ok((share, hypervisor, forks));
+                }
                 Err(error) => tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
                     "the template cannot be used: the machine boots"),
             }
@@ -169,19 +176,10 @@ impl Power<'_> {
             if let Some(network) = network {
                 network.take_back();
             }
-            self.joined().await?;
+            joining.done().await?;
         }
         let (share, hypervisor) = self.boot_on(network).await?;
         Ok((share, hypervisor, false))
-    }
-
-    /// This process is in the sandbox's cgroup. What a monitor that it executes takes is counted
-    /// from the first page on.
-    async fn joined(&self) -> Result<(), SandboxError> {
-        match self.joining {
-            Some(joining) => joining.done().await,
-            None => Ok(()),
-        }
     }
 
     /// The clone of such a machine's template; none while there is no template. It may be a fork
@@ -256,7 +254,6 @@ impl Power<'_> {
         self.stages.mark("share started");
         vm.share = Some(device);
         let mut hypervisor = Qemu::new(vm);
-        let forks = keeper.is_some();
         let started = match keeper {
             Some(keeper) => fork(&mut hypervisor, &keeper).await,
             None => hypervisor.start().await.map_err(SandboxError::from),
@@ -267,13 +264,6 @@ impl Power<'_> {
         }
         for (stage, at) in hypervisor.milestones() {
             self.stages.mark_at(stage, *at);
-        }
-        if let Some(joining) = self.joining.filter(|_| forks) {
-            // This process may be on the way to its cgroup still, and the monitor is no child of it.
-            let devices = share.process().map(kata_jail::Child::pid);
-            for pid in devices.into_iter().chain([hypervisor.pid()]) {
-                joining.add(pid).await;
-            }
         }
         Ok((share, hypervisor))
     }
