@@ -96,7 +96,7 @@ impl Sandbox {
         let pid = request.stand_in.unwrap_or_else(|| machine.pid());
         if let Some(pid) = request.stand_in {
             lock(&self.state).record_process(pid, "stand-in")?;
-            machine.adopt_later(pid).await;
+            machine.adopt(pid).await;
         }
         let state = hook_state(&bundle.id, &bundle.path, &bundle.spec, Status::Creating, pid);
         let reference = ProcessRef { container: bundle.id.clone(), exec: None };

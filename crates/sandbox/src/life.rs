@@ -107,8 +107,14 @@ impl Sandbox {
         let relay = Relay::start(machine.channel(), &container.id, Some(exec), streams).await?;
         process.set_relay(relay);
         let reference = container.reference(Some(exec));
-        let started = machine.call(machine.agent().exec(&reference, pending.spec, message)).await;
-        if let Err(error) = started {
+        let begin = machine.agent().exec(&reference, pending.spec, message);
+        let (begun, joined) = tokio::join!(machine.call(begin), machine.joined());
+        if let Err(error) = joined {
+            // The process runs, and is limited, in the guest: it is only not all counted.
+            tracing::warn!(sandbox = %machine.sandbox(), exec = %exec, error = %chain(&error),
+                "a process of the host that stands for an exec is outside of the sandbox's cgroup");
+        }
+        if let Err(error) = begun {
             process.exited(Exit { code: 127, at: SystemTime::now() });
             return Err(machine.explain(error).await);
         }
@@ -126,7 +132,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// The container is not running, the process object is bad, or the id is taken.
-    pub fn exec(
+    pub async fn exec(
         &self,
         process: &ProcessRef,
         spec: Vec<u8>,
@@ -149,7 +155,7 @@ impl Sandbox {
         }
         let pid = stand_in.unwrap_or(container.init.pid);
         if stand_in.is_some() {
-            self.adopt_stand_in(pid)?;
+            self.adopt_stand_in(pid).await?;
         }
         container.add(exec, Process::pending(process.clone(), pid, spec, stdio))?;
         self.emit(Event::ExecAdded { process: process.clone() });

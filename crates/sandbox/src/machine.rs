@@ -199,13 +199,8 @@ impl Machine {
         drop(lock(&self.factory).take());
     }
 
-    /// Puts a process that stands for one of the guest's into the sandbox's cgroup.
-    pub(crate) fn adopt(&self, pid: i32) -> Result<(), SandboxError> {
-        self.joining.cgroup().add(pid).map_err(|source| self.joining.failed(source))
-    }
-
-    /// Begins to do so.
-    pub(crate) async fn adopt_later(&self, pid: i32) {
+    /// Begins to put a process that stands for one of the guest's into the sandbox's cgroup.
+    pub(crate) async fn adopt(&self, pid: i32) {
         self.joining.add(pid).await;
     }
 

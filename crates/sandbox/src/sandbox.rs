@@ -180,13 +180,14 @@ impl Sandbox {
         (self.events)(event);
     }
 
-    /// Writes a stand-in down, and counts it in the sandbox's cgroup.
-    pub(crate) fn adopt_stand_in(&self, pid: i32) -> Result<(), SandboxError> {
+    /// Writes a stand-in down, and begins to count it in the sandbox's cgroup.
+    pub(crate) async fn adopt_stand_in(&self, pid: i32) -> Result<(), SandboxError> {
         lock(&self.state).record_process(pid, "stand-in")?;
-        match self.machine.try_lock() {
-            Ok(slot) => slot.as_ref().map_or(Ok(()), |machine| machine.adopt(pid)),
-            Err(_) => Ok(()),
+        let machine = self.machine.try_lock().ok().and_then(|slot| slot.clone());
+        if let Some(machine) = machine {
+            machine.adopt(pid).await;
         }
+        Ok(())
     }
 
     /// Creates a container; the first one starts the machine. Its process waits for

@@ -85,6 +85,9 @@ fn detached_exec_leaves_its_pid(oci: &Oci) -> Result<()> {
     let pid = fs::read_to_string(&pid_file)?;
     let cmdline = fs::read_to_string(format!("/proc/{}/cmdline", pid.trim()))?;
     ensure!(cmdline.replace('\0', " ").trim() == "sleep 98765", "{cmdline:?}");
+    // By the time it is said to run, it is counted.
+    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", pid.trim()))?;
+    ensure!(cgroup.contains(&bundle.id), "{cgroup}");
     command::ok(Command::new("kill").args(["-TERM", pid.trim()]))?;
     command::eventually("the process is gone in the container too", PATIENCE, || {
         let mut exec = oci.command(&format!("exec {} sh -c", bundle.id));
