@@ -126,10 +126,11 @@ fn sandbox_is_forked_into_a_jail_of_its_own(templates: &Templates) -> Result<()>
 }
 
 /// What the stem has rehearsed leaves no setting behind: a container that asks for none has the
-/// kernel's.
+/// kernel's. The reserve for users is a part of what is free while a kernel boots, and it is another
+/// machine that boots.
 fn fork_has_the_settings_of_a_machine_that_booted(templates: &Templates) -> Result<()> {
-    const SCRIPT: &str = "cd /proc/sys; grep -rs '' net kernel vm | grep -v /random/ | sort; \
-        echo all; exec sleep 100000";
+    const SCRIPT: &str = "cd /proc/sys; grep -rs '' net kernel vm \
+        | grep -v -e /random/ -e user_reserve_kbytes | sort; echo all; exec sleep 100000";
     let settings = |flags: String, stage: &str| {
         let mut oci = Oci::new(&templates.docker.arena, "kata-runtime", &templates.probe)?;
         oci.flags = flags;

@@ -11,3 +11,4 @@ pub mod distro;
 pub mod initramfs;
 mod lz4;
 pub mod modules;
+pub mod returns;

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use kata_guest_image::distro::DistroKernel;
 use kata_guest_image::modules::{Module, ModuleTree, OPTIONAL, REQUIRED};
-use kata_guest_image::{bzimage, initramfs};
+use kata_guest_image::{bzimage, initramfs, returns};
 
 /// Build what the guest boots from.
 #[derive(Parser)]
@@ -28,6 +28,8 @@ enum Task {
     DistroKernel(DistroKernelOnly),
     /// Unpack a bzImage into an uncompressed kernel with a PVH entry
     Vmlinux(Vmlinux),
+    /// Make the returns of the tuned kernel plain, in place
+    Returns(Returns),
 }
 
 #[derive(Args)]
@@ -87,6 +89,12 @@ struct Vmlinux {
     out: PathBuf,
 }
 
+#[derive(Args)]
+struct Returns {
+    /// The kernel, from guest/kernel/build.sh
+    vmlinux: PathBuf,
+}
+
 fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
@@ -122,7 +130,24 @@ fn run() -> anyhow::Result<()> {
             fs::write(&task.out, kernel)
                 .with_context(|| format!("cannot write {}", task.out.display()))
         }
+        Task::Returns(task) => make_returns_plain(&task.vmlinux),
     }
+}
+
+/// The file is replaced, not written to: who reads it meanwhile has one of the two.
+fn make_returns_plain(path: &Path) -> anyhow::Result<()> {
+    let old = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut kernel = old.clone();
+    let count = returns::make_plain(&mut kernel)
+        .with_context(|| format!("cannot change the returns of {}", path.display()))?;
+    if kernel != old {
+        let new = path.with_extension("new");
+        fs::write(&new, kernel)
+            .and_then(|()| fs::rename(&new, path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    println!("kernel: {} ({count} plain returns)", path.display());
+    Ok(())
 }
 
 fn distro_kernel(cache: &Path, out: &Path) -> anyhow::Result<DistroKernel> {

@@ -19,15 +19,12 @@ const TCG: &[&str] = &["tsc=reliable", "no_timer_check", "noreplace-smp"];
 const TCG_DEFENCES_OFF: &[&str] =
     &["mitigations=off", "init_on_alloc=0", "randomize_kstack_offset=off"];
 
-/// Of our boot-hints patch. Another kernel would hand them to init as unknown.
-const TCG_TUNED: &[&str] = &[
-    "lapic_khz=1000000",
-    "keep_initmem",
-    "quick_patching",
-    "quick_memmap",
-    "drop_boot_messages",
-    "no_slab_sysfs",
-];
+/// Of our boot-hints patch, as those below. Another kernel would hand them to init as unknown.
+const TUNED: &[&str] = &["lazy_memmap"];
+
+/// Of them, what is for TCG alone.
+const TCG_TUNED: &[&str] =
+    &["lapic_khz=1000000", "keep_initmem", "quick_patching", "drop_boot_messages", "no_slab_sysfs"];
 
 /// To move the kernel is the work of a bzImage's loader; ours has none, and does not move.
 const TCG_DISTRO: &[&str] = &["nokaslr"];
@@ -47,6 +44,9 @@ pub fn command_line(config: &VmConfig) -> String {
     let mut params: Vec<String> = ALWAYS.iter().map(ToString::to_string).collect();
     if config.quiet {
         params.push("quiet".to_owned());
+    }
+    if config.kernel_kind == KernelKind::Tuned {
+        params.extend(TUNED.iter().map(ToString::to_string));
     }
     if config.accelerator == Accelerator::Tcg {
         params.extend(TCG.iter().chain(TCG_DEFENCES_OFF).map(ToString::to_string));
@@ -102,7 +102,7 @@ mod tests {
         let params = params(|config| {
             (config.accelerator, config.memory_slots) = (Accelerator::Kvm, 0);
         });
-        assert_eq!(params, ["console=hvc0", "panic=-1", "quiet"]);
+        assert_eq!(params, ["console=hvc0", "panic=-1", "quiet", "lazy_memmap"]);
     }
 
     #[test]
@@ -144,7 +144,8 @@ mod tests {
             config.kernel_kind = KernelKind::Distro;
             config.tsc_khz = 2_600_000;
         });
-        assert!(!TCG_TUNED.iter().any(|ours| params.iter().any(|param| param == ours)));
+        let ours = |param: &String| TUNED.iter().chain(TCG_TUNED).any(|ours| param == ours);
+        assert!(!params.iter().any(ours));
         assert!(params.contains(&"lpj=10400000".to_owned()));
     }
 

@@ -1,6 +1,6 @@
 //! What the articles show first, and exit codes.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kata_e2e::command;
 use kata_e2e::docker::{Docker, IMAGE};
 use kata_e2e::runner::Trial;
@@ -13,7 +13,7 @@ pub fn trials() -> Vec<Trial<Docker>> {
             mount_shows_what_an_oci_runtime_mounts, environment_workdir_and_hostname_arrive,
             users_and_groups_are_applied, add_host_and_dns_options_are_in_etc;
         Kata: mount_shows_a_root_from_kata_shared, free_shows_the_vms_memory,
-            one_vcpu_is_the_default;
+            all_memory_that_free_shows_is_there, one_vcpu_is_the_default;
     ]
 }
 
@@ -88,6 +88,37 @@ fn free_shows_the_vms_memory(docker: &Docker) -> Result<()> {
         .context("free has no Mem: line")?
         .parse()?;
     ensure!((1850..=2048).contains(&total), "{free}");
+    Ok(())
+}
+
+/// The kernel has descriptors of few pages when it has booted: what it says of the rest has to be
+/// as if it had, and the rest has to be there when it is needed.
+fn all_memory_that_free_shows_is_there(docker: &Docker) -> Result<()> {
+    let script = "awk '/^Mem(Free|Available)/ { print int($2 / 1024) }' /proc/meminfo
+        free -m | awk '/^Mem:/ { print $4 }'
+        cat /proc/sys/fs/file-max
+        awk '{ print $3 }' /proc/sys/net/ipv4/tcp_mem
+        dd if=/dev/urandom of=/dev/shm/first bs=64k count=8 2>/dev/null
+        dd if=/dev/zero of=/dev/shm/zeros bs=1M count=1400 2>/dev/null
+        cp /dev/shm/first /dev/shm/last
+        cmp /dev/shm/first /dev/shm/last && stat -c %s /dev/shm/zeros
+        awk '/^MemFree/ { print int($2 / 1024) }' /proc/meminfo
+        rm /dev/shm/*
+        awk '/^MemFree/ { print int($2 / 1024) }' /proc/meminfo";
+    let seen = docker.sh("--shm-size 1600m", script)?;
+    let numbers: Vec<u64> = seen
+        .lines()
+        .map(|line| Ok(line.parse()?))
+        .collect::<Result<_>>()
+        .with_context(|| seen.clone())?;
+    let [free, available, also_free, files, tcp_pages, written, left, again] = numbers[..] else {
+        bail!("{seen}");
+    };
+    let mib = |shown: u64, least| (least..=2048).contains(&shown);
+    ensure!(mib(free, 1750) && mib(available, 1750) && mib(also_free, 1750), "{seen}");
+    // These follow from how much memory was free at boot.
+    ensure!(files > 100_000 && tcp_pages > 40_000, "{seen}");
+    ensure!(written == 1400 << 20 && left < free - 1390 && mib(again, free - 100), "{seen}");
     Ok(())
 }
 

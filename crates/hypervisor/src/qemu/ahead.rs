@@ -17,14 +17,17 @@ use crate::config::{Accelerator, KernelKind, VmConfig};
 use crate::snapshot::guest_memory;
 
 const MIB: u64 = 1 << 20;
-/// Where our kernel is, and what it allocates before it knows all of its memory, MiB. It
-/// is so in guests of every size (`SEEK_DATA` on the memory of a running one shows it), but that
-/// the first half is only where there is no hole in the memory.
-const KERNEL: Range<u64> = 16..40;
+/// Where our kernel is, MiB. This and the rest is so in guests of every size (`SEEK_DATA` on the
+/// memory of a running one shows it), but that the rest is only where there is no hole in the memory.
+const KERNEL: Range<u64> = 16..36;
+/// What is allocated when all memory is known.
 const FIRST: Range<u64> = 8..16;
-/// Beside its descriptors of pages, which are at the end of the memory and a 64th of it, MiB.
-const TOP: u64 = 6;
+/// The end of the memory: the initial file system, and what is allocated at first.
+const TOP: u64 = 3;
+/// Before that there is room for the descriptors of pages, a 64th of the memory, of which few are
+/// made; around where it begins are those, and tables.
 const DESCRIPTORS: u64 = 64;
+const TABLES: Range<u64> = 2..6;
 /// The least memory whose ranges lie apart, MiB.
 const LEAST: u64 = 128;
 /// From here on the memory may have a hole, MiB.
@@ -61,9 +64,10 @@ fn touched(memory: u64) -> Vec<Range<u64>> {
     if memory < LEAST {
         return Vec::new();
     }
-    let mut ranges = vec![KERNEL, memory - memory / DESCRIPTORS - TOP..memory];
+    let mut ranges = vec![KERNEL];
     if memory <= HOLE {
-        ranges.push(FIRST);
+        let room = memory - memory / DESCRIPTORS;
+        ranges.extend([memory - TOP..memory, room - TABLES.end..room - TABLES.start, FIRST]);
     }
     ranges
 }
@@ -83,7 +87,7 @@ mod tests {
             assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start), "{ranges:?}");
         }
         assert_eq!(touched(64), []);
-        assert_eq!(touched(2048), [16..40, 2010..2048, 8..16]);
+        assert_eq!(touched(2048), [16..36, 2045..2048, 2010..2014, 8..16]);
     }
 
     #[test]
