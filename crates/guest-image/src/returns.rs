@@ -7,6 +7,9 @@
 //! file. The kernel (guest/kernel/boot-hints.patch) puts the jumps back where thunks are
 //! wanted, and finds what was done here at the end of the list.
 
+/// `CONFIG_BUILD_SALT` of guest/kernel/guest.config, which Linux keeps in a note: by this a kernel is
+/// known that puts jumps back.
+const OUR_SALT: &[u8] = b"kata-boot-hints-2\0";
 /// `jmp rel32`, and its length.
 const JUMP: u8 = 0xe9;
 const JUMP_LENGTH: usize = 5;
@@ -25,6 +28,9 @@ pub enum ReturnsError {
     /// It is no vmlinux.
     #[error("this is no 64-bit ELF file with sections")]
     NoElf,
+    /// It would not put jumps back where thunks are wanted.
+    #[error("the kernel is not the one of this version: make it with 'make kernel'")]
+    OtherKernel,
     /// The kernel has no such list (`CONFIG_MITIGATION_RETHUNK`).
     #[error("the kernel has no list of its returns (.return_sites)")]
     NoList,
@@ -39,8 +45,12 @@ pub enum ReturnsError {
 /// It is no vmlinux, or has no good list of them. It is as it was then.
 pub fn make_plain(vmlinux: &mut [u8]) -> Result<usize, ReturnsError> {
     let sections = sections(vmlinux).ok_or(ReturnsError::NoElf)?;
-    let list = sections.iter().find(|section| has_name(vmlinux, section, b".return_sites\0"));
-    let list = list.ok_or(ReturnsError::NoList)?;
+    let named = |name: &[u8]| sections.iter().find(|section| has_name(vmlinux, section, name));
+    let notes = named(b".notes\0").map_or(&[][..], |notes| &vmlinux[notes.offset..][..notes.size]);
+    if !notes.windows(OUR_SALT.len()).any(|bytes| bytes == OUR_SALT) {
+        return Err(ReturnsError::OtherKernel);
+    }
+    let list = *named(b".return_sites\0").ok_or(ReturnsError::NoList)?;
     let mut thunk = None;
     let (mut plain, mut others) = (Vec::new(), Vec::new());
     for entry in 0..list.size / ENTRY {
@@ -99,9 +109,11 @@ impl Section {
     }
 }
 
-/// The sections whose content is in the file (System V ABI, chapter 4, "Sections").
+/// The sections whose content is in the file (System V ABI, chapter 4, "Sections"); of others than
+/// code, data and notes nothing is needed.
 fn sections(file: &[u8]) -> Option<Vec<Section>> {
     const PROGBITS: u32 = 1;
+    const NOTE: u32 = 7;
     const EXECINSTR: u64 = 4;
     const HEADER: usize = 64;
     // 64 bits, little endian.
@@ -117,7 +129,7 @@ fn sections(file: &[u8]) -> Option<Vec<Section>> {
     let mut sections = Vec::new();
     for number in 0..u16_at(file, 60)? {
         let header = header(number.into())?;
-        if u32_at(header, 4)? != PROGBITS {
+        if ![PROGBITS, NOTE].contains(&u32_at(header, 4)?) {
             continue;
         }
         let [name, offset, size] = [
@@ -168,24 +180,29 @@ mod tests {
 
     /// A vmlinux with jumps at these places, to others, and what follows them.
     fn vmlinux(returns: &[(u64, u64, &[u8])]) -> Vec<u8> {
-        const NAMES: &[u8] = b"\0.text\0.return_sites\0";
+        const NAMES: &[u8] = b"\0.text\0.return_sites\0.notes\0";
         let mut file = vec![0; 0x3000];
         file[..6].copy_from_slice(b"\x7fELF\x02\x01");
         file[40..48].copy_from_slice(&64_u64.to_le_bytes());
-        file[60..64].copy_from_slice(&[3, 0, 2, 0]);
+        file[60..64].copy_from_slice(&[4, 0, 3, 0]);
         let size = (returns.len() * ENTRY) as u64;
-        let sections =
-            [(1, CODE, OFFSETS[0], 0x800), (7, LIST, OFFSETS[1], size), (0, 0, 0x200, 0)];
+        let sections = [
+            (1, CODE, OFFSETS[0], 0x800),
+            (7, LIST, OFFSETS[1], size),
+            (21, 0, 0x300, 0x100),
+            (0, 0, 0x200, 0),
+        ];
         for (header, (name, address, offset, size)) in sections.into_iter().enumerate() {
             let header = &mut file[64 + header * 64..][..64];
             header[0] = name;
-            header[4] = 1;
+            header[4] = if name == 21 { 7 } else { 1 };
             header[8] = if address == CODE { 6 } else { 2 };
             header[16..24].copy_from_slice(&address.to_le_bytes());
             header[24..32].copy_from_slice(&(offset as u64).to_le_bytes());
             header[32..40].copy_from_slice(&size.to_le_bytes());
         }
         file[0x200..][..NAMES.len()].copy_from_slice(NAMES);
+        file[0x340..][..OUR_SALT.len()].copy_from_slice(OUR_SALT);
         for (entry, (site, to, next)) in returns.iter().enumerate() {
             let code = &mut file[OFFSETS[0] + (site - CODE) as usize..][..16];
             code[0] = JUMP;
@@ -231,6 +248,9 @@ mod tests {
     #[test]
     fn what_is_no_kernel_with_returns_is_refused() {
         assert_eq!(make_plain(&mut b"\x7fELF".to_vec()), Err(ReturnsError::NoElf));
+        let mut other = vmlinux(&[(CODE + 16, THUNK, &[])]);
+        other[0x340] = b'K';
+        assert_eq!(make_plain(&mut other), Err(ReturnsError::OtherKernel));
         let mut without = vmlinux(&[]);
         without[0x208] = b'_';
         assert_eq!(make_plain(&mut without), Err(ReturnsError::NoList));
@@ -239,6 +259,13 @@ mod tests {
         let before = outside.clone();
         assert_eq!(make_plain(&mut outside), Err(ReturnsError::NoCode(LIST)));
         assert_eq!(outside, before);
+    }
+
+    #[test]
+    fn the_kernel_is_known_by_what_its_configuration_says() {
+        let salt = std::str::from_utf8(OUR_SALT).unwrap().trim_end_matches('\0');
+        let config = include_str!("../../../guest/kernel/guest.config");
+        assert!(config.contains(&format!("\nCONFIG_BUILD_SALT=\"{salt}\"\n")));
     }
 
     proptest! {

@@ -12,7 +12,7 @@ use crate::config::KernelKind;
 use crate::error::HypervisorError;
 
 /// `CONFIG_BUILD_SALT` of guest/kernel/guest.config, which Linux keeps in a note.
-const OUR_SALT: &[u8] = b"kata-boot-hints";
+const OUR_SALT: &[u8] = b"kata-boot-hints-2";
 /// Where a bzImage has its magic numbers (Documentation/arch/x86/boot.rst).
 const BOOT_FLAG: (usize, [u8; 2]) = (0x1fe, [0x55, 0xaa]);
 const HEADER: (usize, &[u8]) = (0x202, b"HdrS");
@@ -206,11 +206,18 @@ mod tests {
     #[test]
     fn a_kernel_is_known_by_its_notes_whatever_its_name() {
         let pvh = note(b"Xen", 18, &[0; 8]);
-        let salt = note(b"Linux", 0x100, b"kata-boot-hints\0");
+        let salt = note(b"Linux", 0x100, &[OUR_SALT, b"\0"].concat());
         assert_eq!(kind(&elf(&[salt, pvh.clone()])), Ok(KernelKind::Tuned));
         let other = note(b"Linux", 0x100, b"6.12.0-cloud-amd64\0");
         assert_eq!(kind(&elf(&[other, pvh.clone()])), Ok(KernelKind::Distro));
         assert_eq!(kind(&elf(&[pvh])), Ok(KernelKind::Distro));
+    }
+
+    #[test]
+    fn our_kernel_is_the_one_that_is_configured() {
+        let config = include_str!("../../../guest/kernel/guest.config");
+        let salt = std::str::from_utf8(OUR_SALT).unwrap();
+        assert!(config.contains(&format!("\nCONFIG_BUILD_SALT=\"{salt}\"\n")));
     }
 
     #[test]

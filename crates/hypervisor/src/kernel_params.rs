@@ -19,6 +19,11 @@ const TCG: &[&str] = &["tsc=reliable", "no_timer_check", "noreplace-smp"];
 const TCG_DEFENCES_OFF: &[&str] =
     &["mitigations=off", "init_on_alloc=0", "randomize_kstack_offset=off"];
 
+/// For every kernel where QEMU is older than 8.0, whose translation of `cmpxchg16b` computes the flags
+/// from what it has not stored yet: an interrupt that comes right behind takes the garbage along, and
+/// returns to it, say with the direction flag set. Linux allocates memory with this instruction.
+const TCG_OLD_QEMU: &[&str] = &["clearcpuid=cx16"];
+
 /// Of our boot-hints patch, as those below. Another kernel would hand them to init as unknown.
 const TUNED: &[&str] = &["lazy_memmap"];
 
@@ -39,8 +44,8 @@ const GROWS: &[&str] = &["memhp_default_state=online", "swiotlb=noforce"];
 /// length that nobody asked for.
 const BARE: &[&str] = &["acpi=off", "reboot=t", "sleeping_nics", "pci_sized_queues"];
 
-/// The whole command line.
-pub fn command_line(config: &VmConfig) -> String {
+/// The whole command line, for this major version of QEMU.
+pub fn command_line(config: &VmConfig, qemu_major: u32) -> String {
     let mut params: Vec<String> = ALWAYS.iter().map(ToString::to_string).collect();
     if config.quiet {
         params.push("quiet".to_owned());
@@ -50,6 +55,9 @@ pub fn command_line(config: &VmConfig) -> String {
     }
     if config.accelerator == Accelerator::Tcg {
         params.extend(TCG.iter().chain(TCG_DEFENCES_OFF).map(ToString::to_string));
+        if qemu_major < 8 {
+            params.extend(TCG_OLD_QEMU.iter().map(ToString::to_string));
+        }
         if config.tsc_khz > 0 {
             params.push(format!("tsc_early_khz={}", config.tsc_khz));
             params.push(format!("lpj={}", loops_per_jiffy(config.tsc_khz, config.kernel_kind)));
@@ -90,7 +98,7 @@ mod tests {
     fn params(change: impl FnOnce(&mut VmConfig)) -> Vec<String> {
         let mut config = sample_config();
         change(&mut config);
-        command_line(&config).split(' ').map(str::to_owned).collect()
+        command_line(&config, 7).split(' ').map(str::to_owned).collect()
     }
 
     fn has(params: &[String], name: &str) -> bool {
@@ -123,6 +131,13 @@ mod tests {
         let microvm = params(|config| config.machine = Machine::Microvm);
         assert!(microvm.contains(&"acpi=off".to_owned()));
         assert!(!has(&params(|_| {}), "acpi"));
+    }
+
+    #[test]
+    fn an_old_qemus_guest_does_without_cmpxchg16b() {
+        assert!(has(&params(|_| {}), "clearcpuid"));
+        assert!(!command_line(&sample_config(), 8).contains("clearcpuid"));
+        assert!(!has(&params(|config| config.accelerator = Accelerator::Kvm), "clearcpuid"));
     }
 
     #[test]

@@ -109,7 +109,7 @@ impl CommandLine {
             is_clone,
         };
         line.machine(config, origin, qemu_major);
-        line.kernel(config, paths);
+        line.kernel(config, paths, qemu_major);
         line.sockets(config, qmp, console, agent);
         let ports = if config.machine == Machine::Q35 { config.hotplug_ports } else { 0 };
         for index in 0..ports {
@@ -175,7 +175,7 @@ impl CommandLine {
         self.option("-smp", room.cpu_option(config.accelerator));
     }
 
-    fn kernel(&mut self, config: &VmConfig, paths: &Paths) {
+    fn kernel(&mut self, config: &VmConfig, paths: &Paths, qemu_major: u32) {
         if let Some(firmware) = &paths.firmware {
             self.option("-bios", firmware);
         }
@@ -187,7 +187,7 @@ impl CommandLine {
         }
         self.option("-kernel", &paths.kernel);
         self.option("-initrd", &paths.initrd);
-        self.option("-append", kernel_params::command_line(config));
+        self.option("-append", kernel_params::command_line(config, qemu_major));
     }
 
     fn sockets(
