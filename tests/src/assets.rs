@@ -16,6 +16,9 @@ pub const CTL: &str = "/usr/bin/kata-ctl";
 /// The configuration a user edits.
 pub const CONFIG: &str = "/etc/kata-containers/configuration.toml";
 
+/// The tuned guest kernel.
+pub const KERNEL: &str = "/usr/share/kata-containers/vmlinux";
+
 /// The top of the source tree, or of what `KATA_E2E_SOURCE` says was built elsewhere.
 pub fn source() -> PathBuf {
     env::var_os("KATA_E2E_SOURCE")
