@@ -95,7 +95,7 @@ impl Sandbox {
     ) -> Result<i32, SandboxError> {
         let pid = request.stand_in.unwrap_or_else(|| machine.pid());
         if let Some(pid) = request.stand_in {
-            lock(&self.state).record_process(pid, "stand-in")?;
+            self.record_stand_in(pid)?;
             machine.adopt(pid).await;
         }
         let state = hook_state(&bundle.id, &bundle.path, &bundle.spec, Status::Creating, pid);

@@ -107,6 +107,9 @@ impl Sandbox {
         let relay = Relay::start(machine.channel(), &container.id, Some(exec), streams).await?;
         process.set_relay(relay);
         let reference = container.reference(Some(exec));
+        if process.pid != container.init.pid {
+            machine.adopt(process.pid).await;
+        }
         let begin = machine.agent().exec(&reference, pending.spec, message);
         let (begun, joined) = tokio::join!(machine.call(begin), machine.joined());
         if let Err(error) = joined {
@@ -132,7 +135,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// The container is not running, the process object is bad, or the id is taken.
-    pub async fn exec(
+    pub fn exec(
         &self,
         process: &ProcessRef,
         spec: Vec<u8>,
@@ -153,10 +156,10 @@ impl Sandbox {
                 state: if paused { "paused" } else { status_word(container.init.status()) },
             });
         }
-        let pid = stand_in.unwrap_or(container.init.pid);
-        if stand_in.is_some() {
-            self.adopt_stand_in(pid).await?;
+        if let Some(pid) = stand_in {
+            self.record_stand_in(pid)?;
         }
+        let pid = stand_in.unwrap_or(container.init.pid);
         container.add(exec, Process::pending(process.clone(), pid, spec, stdio))?;
         self.emit(Event::ExecAdded { process: process.clone() });
         Ok(())

@@ -180,14 +180,9 @@ impl Sandbox {
         (self.events)(event);
     }
 
-    /// Writes a stand-in down, and begins to count it in the sandbox's cgroup.
-    pub(crate) async fn adopt_stand_in(&self, pid: i32) -> Result<(), SandboxError> {
-        lock(&self.state).record_process(pid, "stand-in")?;
-        let machine = self.machine.try_lock().ok().and_then(|slot| slot.clone());
-        if let Some(machine) = machine {
-            machine.adopt(pid).await;
-        }
-        Ok(())
+    /// Writes a stand-in down.
+    pub(crate) fn record_stand_in(&self, pid: i32) -> Result<(), SandboxError> {
+        lock(&self.state).record_process(pid, "stand-in")
     }
 
     /// Creates a container; the first one starts the machine. Its process waits for

@@ -101,12 +101,11 @@ impl TaskService {
                 StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
             let owner = self.owner(&process.container);
             let stdio = answer(crate::stdio::open(request.terminal, paths, owner).await)?;
-            let added = self.sandbox().exec(&process, spec, stdio, None).await;
-            return answer(added.map(|()| empty()));
+            return answer(self.sandbox().exec(&process, spec, stdio, None).map(|()| empty()));
         }
         let stand_in = self.parts.stand_ins.take(&process).await.map_err(|e| unknown(&e))?;
         let (host_pid, stdio, bound) = stand_in.into_parts();
-        let added = self.sandbox().exec(&process, spec, stdio, Some(host_pid)).await;
+        let added = self.sandbox().exec(&process, spec, stdio, Some(host_pid));
         let _ = bound.send(added.as_ref().map(|_| ()).map_err(SandboxError::text));
         answer(added.map(|()| empty()))
     }
