@@ -95,11 +95,16 @@ pub struct Frozen {
 impl Frozen {
     /// Brings a process to a stand when all its threads wait for something, which they have to do
     /// on their own within two seconds. It is the first of its PID namespace and has a `/proc`.
-    /// From here on nobody can change `memory`, the one file that it maps to share it.
+    /// From then on nobody can change `memory`, the one file that it maps to share it: `settle`
+    /// is called before, while nothing of the process runs any more.
     ///
     /// # Errors
     /// It may not be traced, or has what two processes cannot have. It must be ended then.
-    pub fn freeze(pid: i32, memory: BorrowedFd<'_>) -> Result<Self, ForkError> {
+    pub fn freeze(
+        pid: i32,
+        memory: BorrowedFd<'_>,
+        settle: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Self, ForkError> {
         let of = Pid::from_raw(pid).ok_or(ForkError::Ended(pid))?;
         let pidfd = pidfd_open(of, PidfdFlags::empty()).map_err(step("open a pidfd", pid))?;
         let tracees = stop_all(pid)?;
@@ -109,6 +114,7 @@ impl Frozen {
         let threads = tracees.into_iter().map(|tracee| Thread::of(tracee, scratch, &bytes));
         let threads = threads.collect::<Result<Vec<_>, _>>()?;
         let line = line(&Puppet::new(threads[0].tracee, &first, scratch)?, &pidfd)?;
+        settle().map_err(step("settle the shared memory", pid))?;
         fcntl_add_seals(memory, SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW)
             .map_err(step("seal the shared memory", pid))?;
         let found = memory.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());

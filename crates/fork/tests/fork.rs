@@ -122,7 +122,7 @@ impl Subject {
     }
 
     fn freeze(&self) -> Frozen {
-        Frozen::freeze(self.child.pid(), self.memory.as_fd()).unwrap()
+        Frozen::freeze(self.child.pid(), self.memory.as_fd(), || Ok(())).unwrap()
     }
 }
 

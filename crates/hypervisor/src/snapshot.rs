@@ -6,12 +6,13 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{
-    MemfdFlags, SealFlags, SeekFrom, copy_file_range, fcntl_add_seals, fcntl_get_seals,
-    memfd_create, seek,
+    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, copy_file_range, fallocate, fcntl_add_seals,
+    fcntl_get_seals, memfd_create, seek,
 };
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ use serde::{Deserialize, Serialize};
 const SEALS: SealFlags =
     SealFlags::SEAL.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::WRITE);
 const MIB: u64 = 1 << 20;
+/// What the host gives and takes back memory by, bytes.
+const PAGE: usize = 4096;
 
 /// How a machine comes to life.
 #[derive(Debug, Default)]
@@ -107,6 +110,7 @@ impl Snapshot {
 
     /// Seals the memory of a machine that has ended, and keeps its devices' state.
     pub(crate) fn seal(memory: OwnedFd, state: &[u8]) -> io::Result<Self> {
+        give_back_zeros(memory.as_fd())?;
         let devices = memfd("kata-template-devices")?;
         let mut file = File::from(devices);
         file.write_all(state)?;
@@ -145,14 +149,47 @@ fn memfd(name: &str) -> io::Result<OwnedFd> {
 /// Copies what `from` holds; what is not there stays a hole.
 pub(crate) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     let mut at = 0;
-    loop {
-        let start = match seek(from, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        at = seek(from, SeekFrom::Hole(start))?;
-        copy_range(from, to, start, at)?;
+    while let Some(held) = held_from(from, at)? {
+        at = held.end;
+        copy_range(from, to, held.start, held.end)?;
+    }
+    Ok(())
+}
+
+/// Gives back to the host what holds zeros only, of memory that nobody writes to meanwhile: a
+/// hole reads the same. A guest that has booted has cleared much that it does not use, and
+/// each page is one that nobody has to copy, and no fork has mapped for nothing.
+pub(crate) fn give_back_zeros(memory: BorrowedFd<'_>) -> io::Result<()> {
+    const ZEROS: [u8; PAGE] = [0; PAGE];
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let file = File::from(memory.try_clone_to_owned()?);
+    let mut buffer = vec![0; 64 * PAGE];
+    let mut at = 0;
+    while let Some(held) = held_from(memory, at)? {
+        at = held.start;
+        while at < held.end {
+            let left = usize::try_from(held.end - at).unwrap_or(usize::MAX);
+            let read = buffer.len().min(left);
+            file.read_exact_at(&mut buffer[..read], at)?;
+            let pages: Vec<bool> = buffer[..read].chunks(PAGE).map(|page| page == ZEROS).collect();
+            for alike in pages.chunk_by(PartialEq::eq) {
+                let length = (alike.len() * PAGE) as u64;
+                if alike[0] {
+                    fallocate(memory, hole, at, length)?;
+                }
+                at += length;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The next bytes that there are from this place on; what is between them are holes.
+fn held_from(memory: BorrowedFd<'_>, at: u64) -> io::Result<Option<Range<u64>>> {
+    match seek(memory, SeekFrom::Data(at)) {
+        Ok(start) => Ok(Some(start..seek(memory, SeekFrom::Hole(start))?)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -204,6 +241,34 @@ mod tests {
         file.read_exact_at(&mut buffer, 1 << 20).unwrap();
         assert_eq!(buffer, [0; 5]);
         assert!(rustix::fs::fstat(&file).unwrap().st_blocks < 64);
+    }
+
+    #[test]
+    fn zeros_are_given_back_and_nothing_else() {
+        const PAGES: usize = 300;
+        let memory = guest_memory(4).unwrap();
+        let file = File::from(memory.try_clone().unwrap());
+        // Runs of zeros and of data, some longer than what is read at once; data that is one byte
+        // at either end of its page.
+        let mut written = vec![0; PAGES * PAGE];
+        for page in (0..PAGES).filter(|page| page % 7 == 3 || (100..180).contains(page)) {
+            written[page * PAGE + (page % 2) * (PAGE - 1)] = 1;
+        }
+        file.write_all_at(&written, MIB).unwrap();
+        give_back_zeros(memory.as_fd()).unwrap();
+        let mut read = vec![9; 4 << 20];
+        file.read_exact_at(&mut read, 0).unwrap();
+        assert!(read[..1 << 20].iter().chain(&read[(1 << 20) + written.len()..]).all(|b| *b == 0));
+        assert!(read[1 << 20..][..written.len()] == written);
+        let data = written.chunks(PAGE).filter(|page| page.contains(&1)).count();
+        let mut held = 0;
+        let mut at = 0;
+        while let Some(range) = held_from(memory.as_fd(), at).unwrap() {
+            held += usize::try_from(range.end - range.start).unwrap() / PAGE;
+            at = range.end;
+        }
+        assert_eq!(held, data);
+        assert_eq!(file.metadata().unwrap().len(), 4 << 20);
     }
 
     #[test]

@@ -67,7 +67,8 @@ impl Stem {
         let memory = memory.ok_or(HypervisorError::State("no clone with a copy of its memory"))?;
         let running = qemu.running()?;
         let numbers = running.numbers.clone();
-        let frozen = Frozen::freeze(running.child.pid(), memory.as_fd())?;
+        let thin_out = || snapshot::give_back_zeros(memory.as_fd());
+        let frozen = Frozen::freeze(running.child.pid(), memory.as_fd(), thin_out)?;
         let root = root_of_9p(frozen.pid()).map_err(host("find the share of a monitor"))?;
         let sockets = [Some(numbers.qmp), Some(numbers.console), numbers.agent, Some(STDERR)];
         let numbers = sockets.into_iter().flatten().chain(numbers.taps).collect();
