@@ -27,6 +27,7 @@ mod client;
 mod keeper;
 mod make;
 mod pool;
+mod program;
 mod recipe;
 mod rehearsal;
 mod server;

@@ -2,6 +2,7 @@
 //! it will run others: what a guest does the first time only is done then. Under TCG that is
 //! to translate the code of the agent and of the kernel, which is most of a first start.
 
+use super::program;
 use crate::SandboxError;
 use crate::agent::{Agent, NewContainer, ProcessRef};
 use crate::container::Bundle;
@@ -19,7 +20,7 @@ use std::fs;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, symlink};
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::Mutex;
@@ -29,19 +30,8 @@ use tokio::sync::Mutex;
 const SPEC: &[u8] = include_bytes!("rehearsal.json");
 /// Where the container has its program.
 const PROGRAM: &str = "/rehearsal";
-/// What the program does. Whatever it is, other programs are others, and their guests would have
-/// it translated for nothing: so it writes a line and ends.
-const CODE: [u8; 34] = [
-    0xb8, 1, 0, 0, 0, // mov eax, 1 (write)
-    0xbf, 1, 0, 0, 0, // mov edi, 1
-    0x48, 0x8d, 0x35, 16, 0, 0, 0, // lea rsi, [rip + 16]
-    0xba, 1, 0, 0, 0, // mov edx, 1
-    0x0f, 0x05, // syscall
-    0xb8, 231, 0, 0, 0, // mov eax, 231 (exit_group)
-    0x31, 0xff, // xor edi, edi
-    0x0f, 0x05, // syscall
-    b'\n',
-];
+/// By which name it is called.
+const NAME: &str = "program";
 /// How long the guest may take. It takes a second where it is emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -129,40 +119,22 @@ fn interface(netns: &Netns) -> Result<Tap, SandboxError> {
 }
 
 fn write_bundle(path: &Path) -> io::Result<()> {
-    fs::create_dir_all(path.join("rootfs"))?;
+    let root = path.join("rootfs");
+    fs::create_dir_all(&root)?;
+    // As of many programs, the name by which it is called is a link.
+    symlink(PROGRAM, root.join(NAME))?;
     let program = path.join("program");
     let file = File::options().write(true).create_new(true).mode(0o755).open(&program);
-    file?.write_all(&executable())?;
+    file?.write_all(&program::executable(PROGRAM))?;
     let mut spec: Value = serde_json::from_slice(SPEC)?;
     spec["root"]["path"] = json!("rootfs");
-    spec["process"]["args"] = json!([PROGRAM]);
+    spec["process"]["args"] = json!([format!("/{NAME}")]);
     if let Some(mounts) = spec["mounts"].as_array_mut() {
         mounts.push(json!({
             "destination": PROGRAM, "source": program, "type": "bind", "options": ["rbind", "ro"],
         }));
     }
     fs::write(path.join("config.json"), spec.to_string())
-}
-
-/// An executable file with [`CODE`] in it (System V ABI, chapter 4 and 5; AMD64, 4.1).
-fn executable() -> Vec<u8> {
-    /// Lengths of the file's header and of the one program header behind it.
-    const HEADERS: [u16; 2] = [64, 56];
-    const START: u64 = HEADERS[0] as u64 + HEADERS[1] as u64;
-    const AT: u64 = 0x40_0000;
-    let size = START + CODE.len() as u64;
-    // ELF64, little endian, version 1; executable, x86-64, version 1.
-    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
-    // Where it begins, where the program headers are, no sections.
-    [AT + START, HEADERS[0].into(), 0].iter().for_each(|word| file.extend(word.to_le_bytes()));
-    // No flags; sizes and number of the headers.
-    let rest = [0, 0, HEADERS[0], HEADERS[1], 1, 0, 0, 0];
-    rest.iter().for_each(|half| file.extend(half.to_le_bytes()));
-    // Loaded, to be read and executed: offset, addresses, sizes, alignment.
-    file.extend(b"\x01\0\0\0\x05\0\0\0");
-    [0, AT, AT, size, size, 4096].iter().for_each(|word| file.extend(word.to_le_bytes()));
-    file.extend(CODE);
-    file
 }
 
 /// Streams such as engines give: nobody reads what is written.
@@ -178,15 +150,6 @@ fn stdio() -> io::Result<Stdio> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_program_runs() {
-        let dir = tempfile::tempdir().unwrap();
-        write_bundle(dir.path()).unwrap();
-        let said = std::process::Command::new(dir.path().join("program")).output().unwrap();
-        assert!(said.status.success());
-        assert_eq!(said.stdout, b"\n");
-    }
 
     #[test]
     fn two_kinds_of_containers_are_described() {
