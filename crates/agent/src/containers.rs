@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use kata_cgroups::{Cgroup, Hierarchy, container_path};
-use kata_oci::Spec;
+use kata_oci::{Spec, Wire as _};
 use kata_protocol::agent::{CreateContainerRequest, ExecRequest, Stdio as WantedStdio};
 use kata_protocol::{Id, limits};
 use tokio::sync::mpsc;
@@ -240,7 +240,7 @@ impl Containers {
             storages.push(storage::mount(storage).await?);
         }
         tracing::debug!(container = %id, "storages are mounted");
-        let spec = Spec::parse(&request.spec)?;
+        let spec = Spec::from_wire(&request.spec)?;
         self.pod.prepare(&spec).await?;
         let shares_pids = pod::shares_pids(&spec);
         let cgroup = self.cgroup(id, &spec)?;
@@ -358,7 +358,7 @@ impl Containers {
             .exec(
                 container.init.pid,
                 &container.profile,
-                &request.process,
+                kata_oci::Process::from_wire(&request.process)?,
                 io,
                 |pid| container.join(pid),
                 size(&wanted),

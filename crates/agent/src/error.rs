@@ -1,7 +1,7 @@
 //! What can go wrong in a call, and what the host is told of it. One place for both.
 
 use kata_cgroups::CgroupError;
-use kata_oci::SpecError;
+use kata_oci::WireError;
 use kata_protocol::agent::{Failure, failure::Code};
 use kata_protocol::call::InvalidCall;
 use kata_protocol::{InvalidId, chain};
@@ -33,9 +33,9 @@ pub enum AgentError {
     /// A message that is none, or is too long.
     #[error(transparent)]
     Call(#[from] InvalidCall),
-    /// JSON that is none of the specification's.
+    /// A specification, process or list of limits that is none.
     #[error(transparent)]
-    Spec(#[from] SpecError),
+    Spec(#[from] WireError),
     /// Enough is enough.
     #[error("{0} is the limit")]
     Limit(String),
@@ -71,11 +71,9 @@ impl AgentError {
             | Self::Id(_)
             | Self::Call(_)
             | Self::Spec(_)
-            | Self::Container(
-                ContainerError::Spec(_)
-                | ContainerError::Seccomp(_)
-                | ContainerError::Unsupported(_),
-            ) => Code::Invalid,
+            | Self::Container(ContainerError::Seccomp(_) | ContainerError::Unsupported(_)) => {
+                Code::Invalid
+            }
             Self::Limit(_) => Code::Limit,
             // The program is not there or cannot be run: runc's words tell, as with runc.
             Self::Container(_) => Code::Unknown,

@@ -5,6 +5,7 @@ use std::fs;
 use std::sync::Arc;
 
 use kata_channel::{CallError, Stream};
+use kata_oci::{Resources, Wire as _};
 use kata_protocol::agent::{
     self, ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, Empty, Event,
     ExecRequest, GrowRequest, ListProcessesResponse, Network, OomEvent, ProcessId, ProcessInfo,
@@ -218,7 +219,7 @@ impl Agent {
 
     fn update(&self, request: &UpdateRequest) -> Result<Empty, AgentError> {
         let container = self.containers.get(&request.container_id.parse()?)?;
-        let resources = kata_oci::Resources::parse(&request.resources)?;
+        let resources = Resources::from_wire(&request.resources)?;
         container.cgroup()?.apply(&resources, !resources.devices.is_empty())?;
         Ok(Empty::default())
     }

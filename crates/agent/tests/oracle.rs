@@ -302,7 +302,7 @@ async fn clocks_of_a_time_namespace_are_set() {
 #[tokio::test]
 async fn container_that_is_not_started_ends_with_its_builder() {
     let bundle = Bundle::new();
-    let container = machine::container(&bundle.config("true")).unwrap();
+    let container = machine::container(&bundle.config("true"));
     let (built, created) =
         machine::builder().create(container, Default::default(), |_| Ok(())).await.unwrap();
     drop(created);
@@ -323,7 +323,7 @@ async fn killed_zygote_is_replaced() {
     let builder = machine::builder();
     let zygote = machine::children().into_iter().find(|pid| !before.contains(pid)).unwrap();
     machine::end(zygote);
-    let container = machine::container(&bundle.config("exit 7")).unwrap();
+    let container = machine::container(&bundle.config("exit 7"));
     let (built, created) = builder.create(container, Default::default(), |_| Ok(())).await.unwrap();
     created.start().await.unwrap();
     assert_eq!(machine::wait(built.pid), 7);
@@ -346,7 +346,7 @@ async fn terminal_is_the_containers_own_and_the_users() {
     let mut config = bundle.config(script);
     config["process"]["terminal"] = json!(true);
     config["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [5]});
-    let container = machine::container(&config).unwrap();
+    let container = machine::container(&config);
     let container = NewContainer { size: Some((33, 77)), ..container };
     let (built, created) =
         machine::builder().create(container, Default::default(), |_| Ok(())).await.unwrap();
@@ -374,7 +374,7 @@ async fn exec_has_a_terminal_of_its_own() {
         .exec(
             running.pid,
             &running.profile,
-            process.to_string().as_bytes(),
+            kata_oci::Process::parse(process.to_string().as_bytes()).unwrap(),
             Default::default(),
             |_| Ok(()),
             None,

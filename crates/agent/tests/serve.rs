@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use host::{Agent, all, container, output, process_id, take, terminal};
 use kata_channel::CallError;
+use kata_oci::{Pids, Resources, Wire as _};
 use kata_protocol::agent::{ConnectRequest, Empty, Storage, UpdateRequest, failure::Code};
 use kata_protocol::call;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -296,7 +297,9 @@ async fn processes_are_listed_counted_frozen_and_limited() {
     assert_eq!(stats.pids.current, 3);
     let update = UpdateRequest {
         container_id: "c".into(),
-        resources: br#"{"pids":{"limit":77}}"#.to_vec(),
+        resources: Resources { pids: Some(Pids { limit: 77 }), ..Resources::default() }
+            .to_wire()
+            .unwrap(),
         ..UpdateRequest::default()
     };
     agent.call::<call::Update>(&update).await;

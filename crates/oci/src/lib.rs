@@ -1,18 +1,20 @@
 //! The OCI runtime specification's `config.json`, as far as this project reads it.
 //!
 //! Types follow runtime-spec 1.1 (`config.md`, `config-linux.md`). Reading is lenient
-//! where the specification lets others extend it: unknown fields are ignored here (the
-//! bytes themselves travel to the guest, so nothing is lost) and enumerations stay text
-//! until the one place that understands them turns them into something.
-//! [`Spec::parse`] checks what must hold before anything is created.
+//! where the specification lets others extend it: unknown fields are ignored, and
+//! enumerations stay text until the one place that understands them turns them into something.
+//! [`Spec::parse`] checks what must hold before anything is created; [`Wire`] is how the guest
+//! is told.
 
 mod linux;
 mod process;
 mod state;
+mod wire;
 
 pub use linux::*;
 pub use process::*;
 pub use state::{State, Status};
+pub use wire::{Wire, WireError};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -66,10 +68,8 @@ pub struct Mount {
     /// `mount(8)`-like options.
     pub options: Vec<String>,
     /// User ids of an idmapped mount.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub uid_mappings: Vec<IdMapping>,
     /// Group ids of an idmapped mount.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gid_mappings: Vec<IdMapping>,
 }
 

@@ -3,7 +3,7 @@
 use crate::SpecError;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// All that is Linux's own.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -58,6 +58,13 @@ pub struct Namespace {
     /// Join this one instead of making a new one.
     #[serde(default)]
     pub path: Option<PathBuf>,
+}
+
+impl Namespace {
+    /// The namespace to join, if one is named: engines also write an empty path for none.
+    pub fn joined(&self) -> Option<&Path> {
+        self.path.as_deref().filter(|path| !path.as_os_str().is_empty())
+    }
 }
 
 /// Kinds of namespaces.

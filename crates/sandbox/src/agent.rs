@@ -3,6 +3,7 @@
 use crate::SandboxError;
 use crate::container::Bundle;
 use kata_channel::{CallError, HostChannel};
+use kata_oci::{Resources, Spec, Wire as _};
 use kata_protocol::agent::{Failure, failure};
 use kata_protocol::call::{self, Call};
 use kata_protocol::{Id, VERSION, agent as message, chain};
@@ -73,7 +74,7 @@ pub(crate) struct Hello {
 pub(crate) struct NewContainer<'a> {
     pub bundle: &'a Bundle,
     /// What it is told of the specification.
-    pub spec: Vec<u8>,
+    pub spec: &'a Spec,
     pub stdio: message::Stdio,
     /// When the guest is to be told anew.
     pub network: Option<message::Network>,
@@ -160,7 +161,7 @@ impl Agent {
         let request = message::CreateContainerRequest {
             container_id: bundle.id.to_string(),
             bundle: bundle.path.display().to_string(),
-            spec,
+            spec: spec.to_wire()?,
             stdio: Some(stdio).into(),
             network: network.into(),
             storages: bundle.plan.disk.iter().map(|disk| disk.storage.clone()).collect(),
@@ -174,7 +175,7 @@ impl Agent {
     /// Lets the guest build a container that is of no use, on an empty root, and forget it:
     /// what a kernel does the first time only is done then. That there is no such program to
     /// run is as it should be.
-    pub(crate) async fn rehearse(&self, spec: &[u8]) -> Result<(), SandboxError> {
+    pub(crate) async fn rehearse(&self, spec: &Spec) -> Result<(), SandboxError> {
         const NAME: &str = "rehearsal";
         let root = message::Storage {
             driver: "tmpfs".to_owned(),
@@ -186,7 +187,7 @@ impl Agent {
         let request = message::CreateContainerRequest {
             container_id: NAME.to_owned(),
             bundle: "/".to_owned(),
-            spec: spec.to_vec(),
+            spec: spec.to_wire()?,
             stdio: Some(message::Stdio::default()).into(),
             storages: vec![root],
             ..Default::default()
@@ -220,13 +221,13 @@ impl Agent {
     pub(crate) async fn exec(
         &self,
         process: &ProcessRef,
-        spec: Vec<u8>,
+        spec: &kata_oci::Process,
         stdio: message::Stdio,
     ) -> Result<(), SandboxError> {
         let request = message::ExecRequest {
             container_id: process.container.to_string(),
             exec_id: process.exec_text(),
-            process: spec,
+            process: spec.to_wire()?,
             stdio: Some(stdio).into(),
             ..Default::default()
         };
@@ -295,11 +296,11 @@ impl Agent {
     pub(crate) async fn update(
         &self,
         container: &Id,
-        resources: Vec<u8>,
+        resources: &Resources,
     ) -> Result<(), SandboxError> {
         let request = message::UpdateRequest {
             container_id: container.to_string(),
-            resources,
+            resources: resources.to_wire()?,
             ..Default::default()
         };
         self.call::<call::Update>(&request).await?;

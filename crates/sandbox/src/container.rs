@@ -42,7 +42,7 @@ impl Bundle {
             .canonicalize()
             .map_err(|source| SandboxError::Bundle { path: path.to_owned(), source })?;
         let share = PathBuf::from(format!("{id}.{}", CREATED.fetch_add(1, Ordering::Relaxed)));
-        let plan = kata_storage::plan(id, &share, &path, &raw, &spec, &request.rootfs, pod)?;
+        let plan = kata_storage::plan(id, &share, &path, &spec, &request.rootfs, pod)?;
         // Where a stand-in is the engine's process, the engine may join what is inside it.
         let pod = PodRole::of(&spec.annotations)? == PodRole::Sandbox;
         let in_guest = !pod || request.stand_in.is_some();

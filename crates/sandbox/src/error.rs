@@ -15,6 +15,9 @@ pub enum SandboxError {
     Bundle { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Spec(#[from] kata_oci::SpecError),
+    /// What the guest is to be told cannot be put into bytes.
+    #[error(transparent)]
+    Wire(#[from] kata_oci::WireError),
     #[error(transparent)]
     Id(#[from] kata_protocol::InvalidId),
     #[error("annotation {kind} says \"container\", but {missing} is missing")]

@@ -110,7 +110,7 @@ impl Sandbox {
         if process.pid != container.init.pid {
             machine.adopt(process.pid).await;
         }
-        let begin = machine.agent().exec(&reference, pending.spec, message);
+        let begin = machine.agent().exec(&reference, &pending.spec, message);
         let (begun, joined) = tokio::join!(machine.call(begin), machine.joined());
         if let Err(error) = joined {
             // The process runs, and is limited, in the guest: it is only not all counted.
@@ -138,13 +138,13 @@ impl Sandbox {
     pub fn exec(
         &self,
         process: &ProcessRef,
-        spec: Vec<u8>,
+        spec: &[u8],
         stdio: Stdio,
         stand_in: Option<i32>,
     ) -> Result<(), SandboxError> {
         let container = self.container(&process.container)?;
         let exec = process.exec.as_ref().ok_or(SandboxError::Unsupported("an exec without id"))?;
-        kata_oci::Process::parse(&spec)?;
+        let spec = kata_oci::Process::parse(spec)?;
         if !container.in_guest {
             return Err(SandboxError::Unsupported("an exec in a pod's sandbox container"));
         }
@@ -289,18 +289,14 @@ impl Sandbox {
     pub async fn update(&self, container: &Id, resources: &[u8]) -> Result<(), SandboxError> {
         let container = self.container(container)?;
         let update = kata_oci::Resources::parse(resources)?;
-        let mut value: serde_json::Value =
-            serde_json::from_slice(resources).map_err(kata_oci::SpecError::from)?;
-        if let Some(map) = value.as_object_mut() {
-            kata_storage::guest_resources(map);
-        }
         let machine = self.machine().await?;
         if !container.in_guest {
             return Err(SandboxError::Unsupported("a change of limits of a pod as a whole"));
         }
         let limits = updated(&container.resources(), &update);
         self.make_room(&machine, &container.id, Some(&limits)).await;
-        machine.call(machine.agent().update(&container.id, value.to_string().into_bytes())).await?;
+        let in_guest = kata_storage::guest_resources(update);
+        machine.call(machine.agent().update(&container.id, &in_guest)).await?;
         container.set_resources(limits);
         Ok(())
     }

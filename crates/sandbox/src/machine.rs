@@ -22,6 +22,7 @@ use kata_hypervisor::{Console, Device, DeviceId, Hypervisor, HypervisorError, Qe
 use kata_network::Netns;
 use kata_protocol::{Id, StreamHeader, agent as message, chain};
 use kata_storage::Attachment;
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -244,7 +245,7 @@ impl Machine {
             Err(HypervisorError::NoPort) => {
                 tracing::info!(sandbox = %self.sandbox, container = %bundle.id,
                     "no room for another disk: the root is mounted on the host and shared");
-                bundle.plan.share_root(&bundle.share)?;
+                bundle.plan.share_root(&bundle.share);
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -368,9 +369,13 @@ impl Machine {
         network: Option<message::Network>,
     ) -> Result<(), SandboxError> {
         self.joined().await?;
-        let spec = &bundle.plan.spec;
-        let spec = if self.without_seccomp { without_seccomp(spec)? } else { spec.clone() };
-        let new = NewContainer { bundle, spec, stdio, network };
+        let mut spec = Cow::Borrowed(&bundle.plan.spec);
+        if self.without_seccomp
+            && let Some(linux) = &mut spec.to_mut().linux
+        {
+            linux.seccomp = None;
+        }
+        let new = NewContainer { bundle, spec: &spec, stdio, network };
         self.call(self.agent.create(new, self.create_patience)).await
     }
 
@@ -529,18 +534,6 @@ impl Machine {
         }
         tell(&self.lost, "it was stopped".to_owned());
     }
-}
-
-/// `config.json` without the seccomp profile.
-fn without_seccomp(spec: &[u8]) -> Result<Vec<u8>, SandboxError> {
-    let rewritten = || -> serde_json::Result<Vec<u8>> {
-        let mut spec: serde_json::Value = serde_json::from_slice(spec)?;
-        if let Some(linux) = spec.get_mut("linux").and_then(serde_json::Value::as_object_mut) {
-            linux.remove("seccomp");
-        }
-        serde_json::to_vec(&spec)
-    };
-    rewritten().map_err(|error| SandboxError::io("leave a seccomp profile out")(error.into()))
 }
 
 fn tell(lost: &watch::Sender<Option<String>>, cause: String) {

@@ -68,8 +68,7 @@ impl Stdio {
 
 /// An exec that is known but not started.
 pub(crate) struct Pending {
-    /// OCI process object, JSON.
-    pub spec: Vec<u8>,
+    pub spec: kata_oci::Process,
     pub stdio: Stdio,
 }
 
@@ -102,7 +101,12 @@ impl Process {
         }
     }
 
-    pub(crate) fn pending(reference: ProcessRef, pid: i32, spec: Vec<u8>, stdio: Stdio) -> Self {
+    pub(crate) fn pending(
+        reference: ProcessRef,
+        pid: i32,
+        spec: kata_oci::Process,
+        stdio: Stdio,
+    ) -> Self {
         let process = Self::new(reference, pid, &stdio);
         *lock(&process.pending) = Some(Pending { spec, stdio });
         process

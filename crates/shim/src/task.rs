@@ -95,7 +95,7 @@ impl TaskService {
 
     async fn add_exec(&self, request: api::ExecProcessRequest) -> Answer<api::Empty> {
         let process = process(&request.id, &request.exec_id)?;
-        let spec = request.spec.get_or_default().value.clone();
+        let spec = request.spec.get_or_default().value.as_slice();
         if !self.with_stand_ins().contains(&process.container) {
             let paths =
                 StdioPaths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };

@@ -9,10 +9,9 @@ mod disk;
 mod pod;
 mod volume;
 
-use kata_oci::{Mount, NamespaceKind, Spec};
+use kata_oci::{BlockIo, Cpu, Hooks, Mount, NamespaceKind, Resources, Root, Spec};
 use kata_protocol::agent::Storage;
 use kata_protocol::{Id, SHARE_MOUNT};
-use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 pub use disk::Disk;
@@ -62,8 +61,8 @@ pub struct Attachment {
 /// What is to be done for one container.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// `config.json` for the guest.
-    pub spec: Vec<u8>,
+    /// The specification for the guest.
+    pub spec: Spec,
     /// What the share must hold before the guest is asked to create the container.
     pub attachments: Vec<Attachment>,
     /// The disk that is the container's root, if it is one.
@@ -77,9 +76,6 @@ pub struct Plan {
 /// Why a container's file systems cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
-    /// The specification is not JSON (it was parsed before, so this is rare).
-    #[error("config.json cannot be rewritten for the guest: {0}")]
-    Json(#[from] serde_json::Error),
     /// A path that the engine named is not there.
     #[error("cannot use {path} as {role}: {source}")]
     Path {
@@ -101,7 +97,7 @@ pub enum StorageError {
     },
 }
 
-/// Plans the file systems of `container`, whose `config.json` is `raw`. Its root is mounted
+/// Plans the file systems of `container`. Its root is mounted
 /// from `rootfs`; when that names nothing, it is in the bundle. `pod` is what it joins.
 /// In the share all is below `share`, which no container had before: guests remember for
 /// some time what was in a directory.
@@ -112,13 +108,12 @@ pub fn plan(
     container: &Id,
     share: &Path,
     bundle: &Path,
-    raw: &[u8],
     spec: &Spec,
     rootfs: &[FileSystem],
     pod: Option<&Pod>,
 ) -> Result<Plan, StorageError> {
     refuse_what_no_vm_can_have(spec, pod)?;
-    let mut guest: Value = serde_json::from_slice(raw)?;
+    let mut guest = spec.clone();
     let mut attachments = Vec::new();
     let mut resolv_conf = None;
     let mut shared_storages = Vec::new();
@@ -128,22 +123,24 @@ pub fn plan(
         _ => None,
     };
     let at = share.join(ROOT);
-    guest["root"]["path"] = match &disk {
-        Some(disk) => json!(disk.storage.mount_point),
-        None => json!(Path::new(SHARE_MOUNT).join(&at)),
-    };
+    root_at(
+        &mut guest,
+        match &disk {
+            Some(disk) => PathBuf::from(&disk.storage.mount_point),
+            None => Path::new(SHARE_MOUNT).join(&at),
+        },
+    );
     if disk.is_none() {
         attachments.push(Attachment { at, ..root_of(bundle, spec, rootfs)? });
     }
 
-    let mounts = mounts_of(spec, pod, &mut guest)?;
-    for (index, mount) in mounts.into_iter().enumerate() {
+    guest.mounts.extend(pod.into_iter().flat_map(|pod| pod.lacking(&spec.mounts)).cloned());
+    for (index, mount) in guest.mounts.iter_mut().enumerate() {
         if mount.destination == Path::new("/etc/resolv.conf") {
             resolv_conf = mount.source.clone();
         }
         let at = share.join(format!("m{index}"));
-        let entry = &mut guest["mounts"][index];
-        match place(mount, Volume::of(mount, bundle)?, spec, pod, at, entry)? {
+        match place(mount, Volume::of(mount, bundle)?, spec, pod, at)? {
             Needs::Nothing => {}
             Needs::Storage(storage) => shared_storages.push(storage),
             Needs::Attachment(attachment) => attachments.push(attachment),
@@ -151,9 +148,9 @@ pub fn plan(
     }
     leave_out_what_is_the_hosts(container, &mut guest);
     if let Some(pod) = pod {
-        pod.join(spec, &mut guest);
+        pod.join(&mut guest);
     }
-    Ok(Plan { spec: serde_json::to_vec(&guest)?, attachments, disk, shared_storages, resolv_conf })
+    Ok(Plan { spec: guest, attachments, disk, shared_storages, resolv_conf })
 }
 
 /// What a mount needs beside its entry in the guest's specification.
@@ -163,65 +160,48 @@ enum Needs {
     Attachment(Attachment),
 }
 
-/// Rewrites the guest's `entry` of a mount; `at` is where it would be in the share.
+/// Makes a mount the guest's; `at` is where it would be in the share.
 fn place(
-    mount: &Mount,
+    mount: &mut Mount,
     volume: Volume,
     spec: &Spec,
     pod: Option<&Pod>,
     at: PathBuf,
-    entry: &mut Value,
 ) -> Result<Needs, StorageError> {
+    let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
     Ok(match volume {
         Volume::InGuest if pod.is_some() && Pod::shares_memory(spec, mount) => {
             let storage = pod::shared_memory(mount);
-            *entry = json!({
-                "destination": mount.destination, "type": "bind",
-                "source": storage.mount_point, "options": ["bind"],
-            });
+            mount.kind = "bind".to_owned();
+            mount.source = Some(PathBuf::from(&storage.mount_point));
+            mount.options = texts(&["bind"]);
             Needs::Storage(storage)
         }
         Volume::InGuest => Needs::Nothing,
         Volume::Memory { size, .. } if pod.is_none() => {
-            *entry = json!({
-                "destination": mount.destination, "type": "tmpfs", "source": "shm",
-                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={size}")],
-            });
+            mount.kind = "tmpfs".to_owned();
+            mount.source = Some("shm".into());
+            let size = format!("size={size}");
+            mount.options = texts(&["nosuid", "noexec", "nodev", "mode=1777", &size]);
             Needs::Nothing
         }
         Volume::Memory { source, size } => {
             let storage = pod::memory(&source, size)?;
-            entry["source"] = json!(storage.mount_point);
-            entry["type"] = json!("bind");
+            mount.source = Some(PathBuf::from(&storage.mount_point));
+            mount.kind = "bind".to_owned();
             Needs::Storage(storage)
         }
         Volume::Shared { source, readonly, recursive } => {
-            entry["source"] = json!(Path::new(SHARE_MOUNT).join(&at));
+            mount.source = Some(Path::new(SHARE_MOUNT).join(&at));
             let source = Source::Path(source);
             Needs::Attachment(Attachment { source, at, readonly, recursive })
         }
     })
 }
 
-/// The container's mounts: its own, and the files of its pod that it lacks, which the guest's
-/// specification gets as well.
-fn mounts_of<'a>(
-    spec: &'a Spec,
-    pod: Option<&'a Pod>,
-    guest: &mut Value,
-) -> Result<Vec<&'a Mount>, StorageError> {
-    let mut mounts: Vec<_> = spec.mounts.iter().collect();
-    let lacking: Vec<_> = pod.into_iter().flat_map(|pod| pod.lacking(&spec.mounts)).collect();
-    if lacking.is_empty() {
-        return Ok(mounts);
-    }
-    let entries = lacking.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
-    match guest["mounts"].as_array_mut() {
-        Some(own) => own.extend(entries),
-        None => guest["mounts"] = Value::Array(entries),
-    }
-    mounts.extend(lacking);
-    Ok(mounts)
+/// Says where the guest has the container's root.
+fn root_at(guest: &mut Spec, path: PathBuf) {
+    guest.root = Some(Root { path, ..guest.root.take().unwrap_or_default() });
 }
 
 /// What the root is called in a container's part of the share.
@@ -230,18 +210,12 @@ const ROOT: &str = "rootfs";
 impl Plan {
     /// Has the root that is a disk mounted on the host instead, and shared. `share` is the
     /// directory in the share that [`plan`] was given.
-    ///
-    /// # Errors
-    /// The specification is not JSON (it was parsed before, so this is rare).
-    pub fn share_root(&mut self, share: &Path) -> Result<(), StorageError> {
-        let Some(disk) = self.disk.take() else { return Ok(()) };
+    pub fn share_root(&mut self, share: &Path) {
+        let Some(disk) = self.disk.take() else { return };
         let at = share.join(ROOT);
-        let mut guest: Value = serde_json::from_slice(&self.spec)?;
-        guest["root"]["path"] = json!(Path::new(SHARE_MOUNT).join(&at));
-        self.spec = serde_json::to_vec(&guest)?;
+        root_at(&mut self.spec, Path::new(SHARE_MOUNT).join(&at));
         let (source, readonly) = (Source::FileSystem(disk.mount), disk.readonly);
         self.attachments.insert(0, Attachment { source, at, readonly, recursive: true });
-        Ok(())
     }
 }
 
@@ -283,9 +257,7 @@ fn refuse_what_no_vm_can_have(spec: &Spec, pod: Option<&Pod>) -> Result<(), Stor
         |what: String, remedy: &'static str| Err(StorageError::Unsupported { what, remedy });
     let linux = spec.linux();
     for namespace in &linux.namespaces {
-        let Some(path) = namespace.path.as_ref().filter(|p| !p.as_os_str().is_empty()) else {
-            continue;
-        };
+        let Some(path) = namespace.joined() else { continue };
         let of_pod = pod.is_some_and(|pod| pod.has(path));
         if !of_pod && !matches!(namespace.kind, NamespaceKind::Network) {
             return unsupported(
@@ -318,39 +290,28 @@ fn may_use_every_device(spec: &Spec) -> bool {
     })
 }
 
-/// Takes out of the guest's `config.json` what only means something on the host.
-fn leave_out_what_is_the_hosts(container: &Id, guest: &mut Value) {
-    if let Some(hooks) = guest.get_mut("hooks").and_then(Value::as_object_mut) {
-        hooks.retain(|name, _| name == "startContainer" || name == "createContainer");
+/// Takes out of the guest's specification what only means something on the host.
+fn leave_out_what_is_the_hosts(container: &Id, guest: &mut Spec) {
+    if let Some(hooks) = guest.hooks.take() {
+        let Hooks { create_container, start_container, .. } = hooks;
+        guest.hooks = Some(Hooks { create_container, start_container, ..Hooks::default() });
     }
-    let Some(linux) = guest.get_mut("linux").and_then(Value::as_object_mut) else { return };
-    linux.insert("cgroupsPath".to_owned(), json!(format!("/kata/{container}")));
-    linux.remove("intelRdt");
-    if let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) {
-        let number = |device: &Value, name: &str| device[name].as_i64().unwrap_or(-1);
-        devices.retain(|device| {
-            let kind = device["type"].as_str().unwrap_or_default();
-            volume::guest_has_device(kind, number(device, "major"), number(device, "minor"))
-        });
+    let Some(linux) = &mut guest.linux else { return };
+    linux.cgroups_path = Some(format!("/kata/{container}"));
+    linux
+        .devices
+        .retain(|device| volume::guest_has_device(&device.kind, device.major, device.minor));
+    if let Some(resources) = linux.resources.take() {
+        linux.resources = Some(guest_resources(resources));
     }
-    let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) else {
-        return;
-    };
-    guest_resources(resources);
 }
 
-/// Takes out of `resources` what numbers the host's CPUs, memory nodes and disks.
-pub fn guest_resources(resources: &mut serde_json::Map<String, Value>) {
-    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
-        for name in ["cpus", "mems", "realtimeRuntime", "realtimePeriod"] {
-            cpu.remove(name);
-        }
-    }
-    if let Some(block) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
-        block.retain(|name, _| name == "weight");
-    }
-    resources.remove("network");
-    resources.remove("rdma");
+/// Limits without what numbers the host's CPUs, memory nodes and disks.
+pub fn guest_resources(resources: Resources) -> Resources {
+    let cpu = resources.cpu.map(|cpu| Cpu { cpus: None, mems: None, ..cpu });
+    let block_io =
+        resources.block_io.map(|BlockIo { weight, .. }| BlockIo { weight, ..BlockIo::default() });
+    Resources { cpu, block_io, ..resources }
 }
 
 #[cfg(test)]
@@ -362,11 +323,11 @@ mod tests {
         std::fs::create_dir(bundle.path().join("rootfs")).unwrap();
         setup(bundle.path());
         let text = format!(
-            r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"x":{{"kept":1}},{extra}}}"#
+            r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs","readonly":true}},{extra}}}"#
         );
         let spec = Spec::parse(text.as_bytes()).unwrap();
         let share = Path::new("c1");
-        plan(&"c1".parse().unwrap(), share, bundle.path(), text.as_bytes(), &spec, &[], None)
+        plan(&"c1".parse().unwrap(), share, bundle.path(), &spec, &[], None)
     }
 
     fn root(rootfs: &[FileSystem]) -> Result<Attachment, StorageError> {
@@ -396,11 +357,11 @@ mod tests {
     }
 
     #[test]
-    fn rootfs_is_attached_and_renamed_and_unknown_fields_survive() {
+    fn rootfs_is_attached_and_renamed() {
         let plan = planned(r#""mounts":[]"#, |_| {}).unwrap();
-        let guest: Value = serde_json::from_slice(&plan.spec).unwrap();
-        assert_eq!(guest["root"]["path"], format!("{SHARE_MOUNT}/c1/rootfs"));
-        assert_eq!(guest["x"]["kept"], 1);
+        let root = plan.spec.root.unwrap();
+        assert_eq!(root.path, Path::new(SHARE_MOUNT).join("c1/rootfs"));
+        assert!(root.readonly);
         assert_eq!(plan.attachments.len(), 1);
     }
 
@@ -432,10 +393,12 @@ mod tests {
             |_| {},
         )
         .unwrap();
-        let guest: Value = serde_json::from_slice(&plan.spec).unwrap();
-        let resources = &guest["linux"]["resources"];
-        assert_eq!(resources["cpu"], json!({"shares": 512}));
-        assert_eq!(resources["blockIO"], json!({"weight": 100}));
+        let resources = plan.spec.linux.unwrap().resources.unwrap();
+        let cpu = resources.cpu.unwrap();
+        assert_eq!((cpu.shares, cpu.cpus), (Some(512), None));
+        let block_io = resources.block_io.unwrap();
+        assert_eq!(block_io.weight, Some(100));
+        assert!(block_io.throttle_read_bps_device.is_empty());
     }
 
     #[test]
@@ -444,9 +407,8 @@ mod tests {
             {"type":"b","path":"/dev/vda","major":254,"minor":0}]"#;
         let rule = r#""resources":{"devices":[{"allow":true,"access":"rwm"}]}"#;
         let privileged = format!(r#""linux":{{{devices},{rule}}}"#);
-        let guest: Value =
-            serde_json::from_slice(&planned(&privileged, |_| {}).unwrap().spec).unwrap();
-        assert_eq!(guest["linux"]["devices"].as_array().unwrap().len(), 1);
+        let guest = planned(&privileged, |_| {}).unwrap().spec;
+        assert_eq!(guest.linux.unwrap().devices.len(), 1);
         let asked_for = format!(r#""linux":{{{devices}}}"#);
         let error = planned(&asked_for, |_| {}).unwrap_err().to_string();
         assert!(error.contains("/dev/vda"), "{error}");

@@ -5,10 +5,9 @@
 //! the host, `/proc/<pid>/ns/…`; in the guest nothing is to be joined then.
 
 use crate::StorageError;
-use kata_oci::{Mount, NamespaceKind, Spec};
+use kata_oci::{Mount, Namespace, NamespaceKind, Spec};
 use kata_protocol::agent::Storage;
 use kata_protocol::{POD_MOUNTS, SHARED_PID_NAMESPACE};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
@@ -66,23 +65,16 @@ impl Pod {
 
     /// Rewrites the guest's specification of a container: it shares what it does not have
     /// of its own.
-    pub(crate) fn join(&self, spec: &Spec, guest: &mut Value) {
-        let named = spec.linux();
-        let own = |kind| named.namespace(kind).is_some_and(|n| n.path.is_none());
-        let Some(linux) = guest.get_mut("linux").and_then(Value::as_object_mut) else { return };
-        if let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) {
-            namespaces
-                .retain(|namespace| namespace["path"].as_str().unwrap_or_default().is_empty());
-            // Also when the pod has the host's: that would be the agent's own.
-            if !own(NamespaceKind::Pid) {
-                namespaces.push(json!({"type": "pid", "path": SHARED_PID_NAMESPACE}));
-            }
+    pub(crate) fn join(&self, guest: &mut Spec) {
+        let Some(linux) = &mut guest.linux else { return };
+        linux.namespaces.retain(|namespace| namespace.joined().is_none());
+        // Also when the pod has the host's: that would be the agent's own.
+        if linux.namespace(NamespaceKind::Pid).is_none() {
+            let path = Some(SHARED_PID_NAMESPACE.into());
+            linux.namespaces.push(Namespace { kind: NamespaceKind::Pid, path });
         }
-        let own_sysctls = linux.entry("sysctl").or_insert_with(|| json!({}));
-        if let Some(own_sysctls) = own_sysctls.as_object_mut() {
-            for (name, value) in &self.sysctls {
-                own_sysctls.entry(name.clone()).or_insert_with(|| json!(value));
-            }
+        for (name, value) in &self.sysctls {
+            linux.sysctl.entry(name.clone()).or_insert_with(|| value.clone());
         }
     }
 }
@@ -127,6 +119,7 @@ pub(crate) fn memory(source: &Path, size: u64) -> Result<Storage, StorageError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kata_oci::Linux;
 
     fn pod() -> Pod {
         let sysctls = [("net.x".to_owned(), "1".to_owned())].into();
@@ -142,14 +135,14 @@ mod tests {
         }
     }
 
-    fn joined(namespaces: &str) -> Value {
+    fn joined(namespaces: &str) -> Linux {
         let text = format!(
             r#"{{"ociVersion":"1.0.2","root":{{"path":"r"}},"linux":{{"namespaces":[{namespaces}],
                "sysctl":{{"net.y":"2"}}}}}}"#
         );
-        let mut guest = serde_json::from_str(&text).unwrap();
-        pod().join(&Spec::parse(text.as_bytes()).unwrap(), &mut guest);
-        guest["linux"].clone()
+        let mut guest = Spec::parse(text.as_bytes()).unwrap();
+        pod().join(&mut guest);
+        guest.linux.unwrap()
     }
 
     #[test]
@@ -158,15 +151,20 @@ mod tests {
             r#"{"type":"pid"},{"type":"ipc","path":"/proc/42/ns/ipc"},{"type":"mount"},
                {"type":"network","path":"/proc/42/ns/net"}"#,
         );
-        assert_eq!(linux["namespaces"], json!([{"type": "pid"}, {"type": "mount"}]));
-        assert_eq!(linux["sysctl"], json!({"net.x": "1", "net.y": "2"}));
+        let kinds = linux.namespaces.iter().map(|n| (n.kind, n.path.is_none()));
+        assert!(kinds.eq([(NamespaceKind::Pid, true), (NamespaceKind::Mount, true)]));
+        let sysctl = [("net.x", "1"), ("net.y", "2")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        assert_eq!(linux.sysctl, sysctl.into());
     }
 
     #[test]
     fn pids_are_shared_on_request_and_instead_of_the_hosts() {
-        let shared = json!([{"type": "pid", "path": SHARED_PID_NAMESPACE}]);
-        assert_eq!(joined(r#"{"type":"pid","path":"/proc/42/ns/pid"}"#)["namespaces"], shared);
-        assert_eq!(joined("")["namespaces"], shared);
+        for namespaces in [r#"{"type":"pid","path":"/proc/42/ns/pid"}"#, ""] {
+            let linux = joined(namespaces);
+            let [shared] = linux.namespaces.as_slice() else { panic!("{linux:?}") };
+            assert_eq!(shared.kind, NamespaceKind::Pid);
+            assert_eq!(shared.path.as_deref(), Some(Path::new(SHARED_PID_NAMESPACE)));
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ mod zygote;
 pub use zygote::{ZYGOTE, Zygote, zygote_main};
 
 use failure::{Failure, FailureKind};
-use kata_oci::{NamespaceKind, Process, Spec, SpecError};
+use kata_oci::{NamespaceKind, Process, Spec};
 use kata_protocol::Id;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -98,9 +98,6 @@ pub struct Profile {
 /// runc words them: engines look into them for the exit code.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
-    /// The specification cannot be used.
-    #[error(transparent)]
-    Spec(#[from] SpecError),
     /// Its filter cannot be used.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
@@ -227,12 +224,12 @@ impl Builder {
         &self,
         target: i32,
         profile: &Profile,
-        process_json: &[u8],
+        process: Process,
         io: ProcessIo,
         join_cgroup: impl FnOnce(i32) -> io::Result<()> + Send,
         size: Option<(u16, u16)>,
     ) -> Result<Built, ContainerError> {
-        let process = profile.complete(Process::parse(process_json)?);
+        let process = profile.complete(process);
         let target = Pid::from_raw(target)
             .ok_or(rustix::io::Errno::SRCH)
             .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))

@@ -1,6 +1,6 @@
 //! Messages between the agent and the init it started, over a socket pair.
 //!
-//! A frame is its length (`u32`, little-endian) and JSON; file descriptors travel with
+//! A frame is its length (`u32`, little-endian) and a message (postcard); file descriptors travel with
 //! the length's first byte. The conversation:
 //!
 //! ```text
@@ -95,7 +95,7 @@ pub(super) enum ToAgent {
 
 fn frame<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; 4];
-    serde_json::to_writer(&mut bytes, message)?;
+    bytes = postcard::to_extend(message, bytes).map_err(io::Error::other)?;
     let length = u32::try_from(bytes.len() - 4).map_err(io::Error::other)?;
     bytes[..4].copy_from_slice(&length.to_le_bytes());
     Ok(bytes)
@@ -183,7 +183,7 @@ impl Channel {
         self.fill(&mut header, &mut fds)?;
         let mut body = vec![0; length_of(header, MAX_TO_INIT)?];
         self.fill(&mut body, &mut fds)?;
-        Ok((serde_json::from_slice(&body)?, fds))
+        Ok((decode(&body)?, fds))
     }
 
     /// Waits for the agent's word to go on.
@@ -249,7 +249,7 @@ impl AgentChannel {
 }
 
 fn decode<T: DeserializeOwned>(body: &[u8]) -> io::Result<T> {
-    Ok(serde_json::from_slice(body)?)
+    postcard::from_bytes(body).map_err(io::Error::other)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use kata_cgroups::{Cgroup, Hierarchy};
 use kata_channel::{CallError, HostChannel, Stream};
+use kata_oci::{Process, Spec, Wire as _};
 use kata_protocol::agent::{
     ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, ExecRequest, ProcessId,
     ResizeTerminalRequest, SignalRequest, StartContainerRequest, Stdio, WaitResponse,
@@ -117,7 +118,7 @@ impl Agent {
         let spec = spec(&self.rootfs(id), &self.cgroup, id, arguments, stdio.terminal);
         let request = CreateContainerRequest {
             container_id: id.into(),
-            spec: serde_json::to_vec(&spec).unwrap(),
+            spec: Spec::parse(spec.to_string().as_bytes()).unwrap().to_wire().unwrap(),
             stdio: MessageField::some(stdio),
             ..CreateContainerRequest::default()
         };
@@ -148,7 +149,7 @@ impl Agent {
         let request = ExecRequest {
             container_id: id.into(),
             exec_id: exec.into(),
-            process: serde_json::to_vec(&process(arguments, stdio.terminal)).unwrap(),
+            process: wire(&process(arguments, stdio.terminal)),
             stdio: MessageField::some(stdio),
             ..ExecRequest::default()
         };
@@ -244,6 +245,10 @@ pub fn all() -> Stdio {
 
 pub fn terminal() -> Stdio {
     Stdio { terminal: true, stdin: true, stdout: true, rows: 24, columns: 80, ..Stdio::default() }
+}
+
+fn wire(process: &Value) -> Vec<u8> {
+    Process::parse(process.to_string().as_bytes()).unwrap().to_wire().unwrap()
 }
 
 fn process(arguments: &[&str], terminal: bool) -> Value {

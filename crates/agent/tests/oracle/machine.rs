@@ -208,15 +208,15 @@ fn pipe() -> (std::io::PipeReader, ProcessIo) {
 }
 
 /// What our builder takes for a configuration.
-pub fn container(config: &Value) -> Result<NewContainer, ContainerError> {
-    let spec = kata_oci::Spec::parse(config.to_string().as_bytes())?;
+pub fn container(config: &Value) -> NewContainer {
+    let spec = kata_oci::Spec::parse(config.to_string().as_bytes()).unwrap();
     let id = fresh_id().parse().unwrap();
-    Ok(NewContainer { id, bundle: PathBuf::from("/the/bundle"), spec, size: None })
+    NewContainer { id, bundle: PathBuf::from("/the/bundle"), spec, size: None }
 }
 
 /// Starts a configuration by our builder.
 pub async fn start(config: &Value, io: ProcessIo) -> Result<Running, ContainerError> {
-    let (built, created) = builder().create(container(config)?, io, |_| Ok(())).await?;
+    let (built, created) = builder().create(container(config), io, |_| Ok(())).await?;
     let profile = created.profile();
     match created.start().await {
         Ok(()) => Ok(Running { pid: built.pid, profile }),
@@ -234,10 +234,9 @@ pub async fn run(config: &Value) -> Result<Outcome, ContainerError> {
 /// Runs a process in a container of ours to its end.
 pub async fn exec(running: &Running, process: &Value) -> Result<Outcome, ContainerError> {
     let (reader, io) = pipe();
-    let process = process.to_string();
-    let built = builder()
-        .exec(running.pid, &running.profile, process.as_bytes(), io, |_| Ok(()), None)
-        .await?;
+    let process = kata_oci::Process::parse(process.to_string().as_bytes()).unwrap();
+    let built =
+        builder().exec(running.pid, &running.profile, process, io, |_| Ok(()), None).await?;
     Ok(Outcome { output: collect(reader), code: wait(built.pid) })
 }
 

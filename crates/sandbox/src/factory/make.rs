@@ -70,7 +70,7 @@ async fn meet(hypervisor: &mut Qemu, patience: Duration) -> Result<(), SandboxEr
             Err(_) => Err(error),
         };
     }
-    for spec in rehearsal::specs().map_err(SandboxError::io("describe a rehearsal"))? {
+    for spec in rehearsal::specs()? {
         if let Err(error) = agent.rehearse(&spec).await {
             // Clones are only slower without it.
             tracing::warn!(error = %chain(&error), "the template has not rehearsed a container");

@@ -13,6 +13,7 @@ use crate::sandbox::CreateRequest;
 use crate::share::Share;
 use kata_hypervisor::Qemu;
 use kata_network::{Netns, Prefix, Tap};
+use kata_oci::{Spec, SpecError};
 use kata_protocol::Id;
 use serde_json::{Value, json};
 use std::cell::Cell;
@@ -38,10 +39,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What the guest of a template is to build: containers as engines describe them. It keeps what it
 /// makes of their lists of devices, of which there are two kinds: Docker's and containerd's, which
 /// allow the console, and Podman's, which allows nothing beyond what every container may use.
-pub(super) fn specs() -> io::Result<[Vec<u8>; 2]> {
-    let mut plain: Value = serde_json::from_slice(SPEC)?;
-    plain["linux"]["resources"]["devices"] = json!([{ "allow": false, "access": "rwm" }]);
-    Ok([plain.to_string().into_bytes(), SPEC.to_vec()])
+pub(super) fn specs() -> Result<[Spec; 2], SpecError> {
+    let docker = Spec::parse(SPEC)?;
+    let mut podman = docker.clone();
+    if let Some(resources) = podman.linux.as_mut().and_then(|linux| linux.resources.as_mut()) {
+        resources.devices.truncate(1);
+    }
+    Ok([podman, docker])
 }
 
 /// The parts of a machine that has answered.
@@ -89,7 +93,7 @@ impl Rehearsal<'_> {
         let (message, streams) =
             (request.stdio.message(), std::mem::take(&mut request.stdio.streams));
         let relay = Relay::start(self.agent.channel(), &id, None, streams).await?;
-        let spec = bundle.plan.spec.clone();
+        let spec = &bundle.plan.spec;
         let new = NewContainer { bundle: &bundle, spec, stdio: message, network };
         step.set("create the container");
         self.agent.create(new, PATIENCE).await?;
@@ -153,8 +157,7 @@ mod tests {
 
     #[test]
     fn two_kinds_of_containers_are_described() {
-        let spec = |bytes: Vec<u8>| kata_oci::Spec::parse(&bytes).unwrap().linux.unwrap();
-        let [podman, docker] = specs().unwrap().map(spec);
+        let [podman, docker] = specs().unwrap().map(|spec| spec.linux.unwrap());
         assert!(podman.seccomp.is_some() && docker.seccomp.is_some());
         let allowed = |linux: kata_oci::Linux| {
             let devices = linux.resources.unwrap().devices.into_iter();

@@ -1,8 +1,7 @@
 //! Classic BPF instructions, as far as filters use them.
 
 use super::{Condition, Operator};
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
@@ -18,44 +17,12 @@ const ARCHITECTURE_AT: u32 = 4;
 const ARGUMENTS_AT: u32 = 16;
 
 /// Code, jump if true, jump if false, operand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Instruction(u16, u8, u8, u32);
 
-/// A program. On its way to an init it is one text of hexadecimal digits, since hundreds of
-/// lists of numbers would be most of what an init has to read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Program(pub Vec<Instruction>);
-
-/// Digits of one instruction.
-const DIGITS: usize = 16;
-
-impl Serialize for Program {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut text = String::with_capacity(self.0.len() * DIGITS);
-        for Instruction(code, yes, no, operand) in &self.0 {
-            let jumps = u64::from(*yes) << 40 | u64::from(*no) << 32;
-            let word = u64::from(*code) << 48 | jumps | u64::from(*operand);
-            let digit = |at: usize| (word >> (at * 4)) as u32 & 0xf;
-            let digits = (0..DIGITS).rev().map(digit);
-            text.extend(digits.filter_map(|digit| char::from_digit(digit, 16)));
-        }
-        serializer.serialize_str(&text)
-    }
-}
-
-impl<'de> Deserialize<'de> for Program {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let instruction = |digits: &[u8]| {
-            let text = std::str::from_utf8(digits).ok().filter(|text| text.len() == DIGITS)?;
-            let word = u64::from_str_radix(text, 16).ok()?;
-            let [a, b, yes, no, rest @ ..] = word.to_be_bytes();
-            Some(Instruction(u16::from_be_bytes([a, b]), yes, no, u32::from_be_bytes(rest)))
-        };
-        let program = text.as_bytes().chunks(DIGITS).map(instruction).collect::<Option<_>>();
-        program.map(Self).ok_or_else(|| D::Error::custom("not a filter program"))
-    }
-}
 
 impl Instruction {
     pub fn raw(self) -> libc::sock_filter {
