@@ -18,6 +18,8 @@ pub const CONFIG: &str = "/etc/kata-containers/configuration.toml";
 
 /// The tuned guest kernel.
 pub const KERNEL: &str = "/usr/share/kata-containers/vmlinux";
+/// Its initial file system, with the agent, as installed.
+pub const INITRAMFS: &str = "/usr/share/kata-containers/kata-initramfs.cpio";
 
 /// The top of the source tree, or of what `KATA_E2E_SOURCE` says was built elsewhere.
 pub fn source() -> PathBuf {

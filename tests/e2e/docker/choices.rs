@@ -2,14 +2,12 @@
 //!
 //! Each is a runtime of its own in daemon.json, which hands a configuration file over.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 
-use anyhow::{Context, Result, bail, ensure};
-use kata_e2e::assets;
+use anyhow::{Result, ensure};
 use kata_e2e::command::{self, PATIENCE};
 use kata_e2e::docker::Docker;
-use kata_e2e::leaks::{self, Part};
 use kata_e2e::runner::Trial;
 use kata_e2e::trials;
 
@@ -17,8 +15,7 @@ pub fn trials() -> Vec<Trial<Docker>> {
     trials!["choices":
         Kata: nine_p_carries_root_and_volumes, nine_p_keeps_read_only_what_is,
             nine_p_runs_exec_and_leaves_a_layer_to_commit, macvtap_carries_networks,
-            macvtap_serves_a_network_that_is_joined_late, no_network_model_means_no_interface,
-            returns_are_jumps_to_thunks_where_those_are_wanted;
+            macvtap_serves_a_network_that_is_joined_late, no_network_model_means_no_interface;
     ]
 }
 
@@ -103,55 +100,4 @@ fn no_network_model_means_no_interface(docker: &Docker) -> Result<()> {
     let seen = docker.sh("--runtime kata-no-network", "ls /sys/class/net; ip -4 route")?;
     ensure!(seen == "lo", "{seen}");
     Ok(())
-}
-
-/// In the kernel's file they are plain, as an emulated processor may have them. Who asks for thunks
-/// gets them, all of them.
-fn returns_are_jumps_to_thunks_where_those_are_wanted(docker: &Docker) -> Result<()> {
-    if crate::kvm::is_expected() {
-        // Which thunks are wanted is its processor's affair, and the memory is another file.
-        return Ok(());
-    }
-    let plain = docker.sleeper("")?;
-    let (returns, left) = plain_returns(docker, &plain.name)?;
-    ensure!(returns > 40_000 && left > returns / 10 * 9, "{left} of {returns}");
-    let thunks = docker.sleeper("--runtime kata-thunks")?;
-    let seen = thunks.exec("cat /sys/devices/system/cpu/vulnerabilities/retbleed")?;
-    ensure!(seen.contains("untrained return thunk"), "{seen}");
-    let (_, left) = plain_returns(docker, &thunks.name)?;
-    ensure!(left < returns / 100, "{left} of {returns}");
-    Ok(())
-}
-
-/// How many plain returns the kernel's code has in its file, and how many of those in the memory of
-/// a container's guest.
-fn plain_returns(docker: &Docker, container: &str) -> Result<(usize, usize)> {
-    const PLAIN: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
-    let file = fs::read(assets::KERNEL)?;
-    let word = |at: usize| -> Result<usize> {
-        let bytes = file.get(at..).and_then(<[u8]>::first_chunk).context("a short kernel")?;
-        Ok(usize::try_from(u64::from_le_bytes(*bytes))?)
-    };
-    // The first program header: where the code is in the file, and in memory (ELF64).
-    let header = word(32)?;
-    let (offset, address, size) = (word(header + 8)?, word(header + 24)?, word(header + 32)?);
-    let code = file.get(offset..offset + size).context("a short kernel")?;
-    let mut loaded = vec![0; size];
-    guest_memory(docker, container)?.read_exact_at(&mut loaded, address as u64)?;
-    let pairs = code.windows(PLAIN.len()).zip(loaded.windows(PLAIN.len()));
-    let returns = pairs.filter(|(code, _)| *code == PLAIN);
-    Ok(returns.fold((0, 0), |(all, left), (_, now)| (all + 1, left + usize::from(now == PLAIN))))
-}
-
-fn guest_memory(docker: &Docker, container: &str) -> Result<File> {
-    let id = docker.ok(&format!("inspect --format '{{{{.Id}}}}' {container}"))?;
-    let monitors = leaks::processes_of(&id, Part::Hypervisor)?;
-    let monitor = monitors.first().context("no monitor")?;
-    for fd in fs::read_dir(format!("/proc/{monitor}/fd"))? {
-        let path = fd?.path();
-        if fs::read_link(&path)?.to_string_lossy().contains("kata-guest-memory") {
-            return Ok(File::open(path)?);
-        }
-    }
-    bail!("the monitor has no file with the guest's memory")
 }

@@ -3,6 +3,7 @@
 mod basics;
 mod build;
 mod choices;
+mod kernel;
 mod lifecycle;
 mod network;
 mod options;
@@ -24,5 +25,6 @@ pub fn trials() -> Vec<Trial<Docker>> {
     all.extend(oracle::trials());
     all.extend(build::trials());
     all.extend(choices::trials());
+    all.extend(kernel::trials());
     all
 }
