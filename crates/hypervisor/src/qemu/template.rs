@@ -90,7 +90,8 @@ impl Qemu {
         let state = state.map_err(host("read the saved devices"))?;
         // As long as it has the memory mapped, that cannot be sealed.
         self.stop().await?;
-        Snapshot::seal(memory, &state).map_err(host("seal the saved memory"))
+        let sealed = tokio::task::spawn_blocking(move || Snapshot::seal(memory, &state)).await;
+        sealed.map_err(host("seal the saved memory"))?.map_err(host("seal the saved memory"))
     }
 
     /// Starts QEMU on the snapshot's memory and lets it go on.
