@@ -97,10 +97,9 @@ pub enum StorageError {
     },
 }
 
-/// Plans the file systems of `container`. Its root is mounted
-/// from `rootfs`; when that names nothing, it is in the bundle. `pod` is what it joins.
-/// In the share all is below `share`, which no container had before: guests remember for
-/// some time what was in a directory.
+/// Plans the file systems of `container`. Its root is mounted from `rootfs`; when that names
+/// nothing, it is in the bundle. `pod` is what it joins. In the share all is below `share`, which
+/// no container had before: guests remember for some time what was in a directory.
 ///
 /// # Errors
 /// [`StorageError`] when a path does not exist or cannot be shared with a VM.

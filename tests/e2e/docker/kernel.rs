@@ -86,8 +86,8 @@ fn code_is_translated_once(docker: &Docker) -> Result<()> {
     let mut emulator = boot(&dir.join("agent"), &log)?;
     let answered = answer(&dir.join("agent"));
     emulator.kill()?;
-    emulator.wait()?;
-    answered?;
+    let said = emulator.wait_with_output()?;
+    answered.with_context(|| String::from_utf8_lossy(&said.stderr).into_owned())?;
     let log = fs::read_to_string(&log)?;
     let blocks = blocks_of_kernel(&log);
     let all: usize = blocks.values().sum();
@@ -111,7 +111,7 @@ fn boot(agent: &Path, log: &Path) -> Result<Child> {
     emulator.args(["-append", hints, "-chardev", &channel, "-device", "virtio-serial-device"]);
     emulator.args(["-device", "virtserialport,chardev=agent,name=kata.agent.0"]);
     emulator.args(["-d", "in_asm", "-D"]).arg(log);
-    emulator.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    emulator.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     emulator.spawn().context("start qemu-system-x86_64")
 }
 

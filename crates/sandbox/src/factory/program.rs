@@ -5,8 +5,6 @@
 //! those of a C library that sets itself up and maps another one, and they read and write pages
 //! of each kind that a program has: of its file, copied from its file, and made for it.
 
-use std::mem::size_of;
-
 /// Where its file is mapped: instructions, and what it writes to.
 const TEXT: u64 = 0x40_0000;
 const DATA: u64 = 0x80_0000;
