@@ -18,6 +18,7 @@ use crate::maps::{self, Mapping};
 use crate::puppet::{Puppet, map_scratch, number_of, word};
 use crate::thread::Thread;
 use crate::tracee::{self, Tracee, waits};
+use crate::zeros;
 
 /// Namespaces of a fork's own. It is somebody in them, and nobody outside.
 const NAMESPACES: i32 = libc::CLONE_NEWUSER
@@ -150,7 +151,7 @@ impl Frozen {
             let arguments = [mapping.start, mapping.length(), libc::MADV_DOFORK as u64];
             first.ask("let a fork have the memory", libc::SYS_madvise, arguments)?;
         }
-        Ok(())
+        zeros::give_back(&first)
     }
 
     /// Its first thread.

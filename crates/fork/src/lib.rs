@@ -35,6 +35,7 @@ mod maps;
 mod puppet;
 mod thread;
 mod tracee;
+mod zeros;
 
 pub use error::ForkError;
 pub use frozen::{Forked, Frozen, Memory, Plan};

@@ -21,6 +21,10 @@ const EVENTS: RawFd = 12;
 const COUNTED: u32 = 3;
 /// Bytes of that memory.
 const LENGTH: usize = 1 << 20;
+/// Pages of the memory that it has cleared, and those of them that it has written to since.
+const CLEARED: usize = 300;
+const MARKED: [usize; 2] = [3, 200];
+const PAGE: usize = 4096;
 /// The argument that each fork has another of.
 const NAME: &str = "subject-and-room-for-a-longer-name";
 
@@ -47,6 +51,9 @@ fn subject() {
     };
     assert_ne!(memory, libc::MAP_FAILED);
     let counter = memory as usize;
+    let mut cleared = vec![1_u8; CLEARED * PAGE];
+    cleared.fill(0);
+    MARKED.iter().for_each(|page| cleared[page * PAGE + 7] = 1);
     let state = Arc::new((Mutex::new((false, None)), Condvar::new()));
     let theirs = Arc::clone(&state);
     std::thread::spawn(move || {
@@ -80,6 +87,11 @@ fn subject() {
             rustix::io::read(events, &mut bytes).unwrap();
             let count = u32::try_from(u64::from_ne_bytes(bytes)).unwrap();
             state.1 = Some(Answer { count, pid: 0, tid: 0 });
+        } else if byte == *b"z" {
+            let count = cleared.iter().map(|byte| u32::from(*byte)).sum();
+            let at = cleared.as_ptr() as usize;
+            let [pid, tid] = [at >> 32, at & 0xffff_ffff].map(|half| u32::try_from(half).unwrap());
+            state.1 = Some(Answer { count, pid, tid });
         } else {
             state.0 = true;
             changed.notify_all();
@@ -200,6 +212,28 @@ fn forks_go_on_where_the_process_stood_each_for_itself() {
     assert!(line.contains("another\0") && !line.contains(NAME), "{line:?}");
     let status = std::fs::read_to_string(format!("/proc/{}/status", pids[0])).unwrap();
     assert!(status.contains("CapPrm:\t0000000000000000"), "{status}");
+}
+
+#[test]
+fn what_was_cleared_takes_no_memory() {
+    let mut subject = Subject::start(Vec::new());
+    count(&mut subject.line).unwrap();
+    let Answer { count: marks, pid: high, tid: low } = ask(&mut subject.line, b"z").unwrap();
+    let at = (u64::from(high) << 32 | u64::from(low)).next_multiple_of(PAGE as u64);
+    let there = |pid: i32| {
+        let known = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+        let mut bytes = vec![0; (CLEARED - 1) * 8];
+        known.read_exact_at(&mut bytes, at / PAGE as u64 * 8).unwrap();
+        bytes.chunks(8).filter(|entry| entry[7] & 0x80 != 0).count()
+    };
+    let before = there(subject.child.pid());
+    assert!(before > CLEARED - 5, "{before}");
+    let frozen = subject.freeze();
+    let (forked, mut line) = fork(&frozen, Memory::Private);
+    let [stands, forked] = [frozen.pid(), forked.pid].map(there);
+    // The allocator may have a page of its own before and behind it.
+    assert!((2..=4).contains(&stands) && forked <= stands, "{stands}, {forked}");
+    assert_eq!((marks, ask(&mut line, b"z").unwrap().count), (2, 2));
 }
 
 #[test]
