@@ -77,8 +77,9 @@ pub(crate) async fn start(
 
     let model = vm_config::network_model(&config);
     let mut network = boot.netns.take().map(|netns| Network::new(netns, model));
-    let power = Power { boot, config: &config, sizing: &sizing, state, stages };
-    match power.start(&recipe, &mut network, &joining).await {
+    let (sizes, joins) = (&sizing, Some(&joining));
+    let power = Power { boot, config: &config, sizing: sizes, state, stages, joining: joins };
+    match power.start(&recipe, &mut network).await {
         Ok((share, hypervisor, awake)) => {
             let (met, line) = (None, None);
             Ok(Started { config, sizing, joining, network, share, hypervisor, met, awake, line })
@@ -134,16 +135,16 @@ pub(crate) struct Power<'a> {
     pub sizing: &'a Sizing,
     pub state: &'a Mutex<StateFile>,
     pub stages: &'a Stages,
+    /// The cgroup that its processes are to be in, if any.
+    pub joining: Option<&'a Joining>,
 }
 
 impl Power<'_> {
-    /// Starts the machine in the cheapest way there is; says whether it was not booted. What a
-    /// monitor that is executed takes is counted in the cgroup from the first page on.
+    /// Starts the machine in the cheapest way there is; says whether it was not booted.
     async fn start(
         &self,
         recipe: &Recipe,
         network: &mut Option<Network>,
-        joining: &Joining,
     ) -> Result<(Share, Qemu, bool), SandboxError> {
         let template = match network {
             // A template has one NIC that waits for its network.
@@ -153,22 +154,12 @@ impl Power<'_> {
             }
             _ => None,
         };
-        let forks = matches!(&template, Some(Cloned { keeper: Some(_), .. }));
-        if !forks {
-            joining.done().await?;
-        }
         if let Some(Cloned { key, vm, keeper }) = template {
+            let forks = keeper.is_some();
             match self.clone_on(network, vm, keeper).await {
-                Ok((share, hypervisor)) => {
-                    if forks {
-                        // No child of this process, and one of before it was in its cgroup.
-                        let devices = share.process().map(kata_jail::Child::pid);
-                        for pid in devices.into_iter().chain([hypervisor.pid()]) {
-                            joining.add(pid).await;
-                        }
-                    }
-                    return Ok((share, hypervisor, forks));
-                }
+                Ok((share, hypervisor)) => return Ok((share, hypervisor, forks)),
+                // Another machine would not be in it, either.
+                Err(error @ SandboxError::Cgroup { .. }) => return Err(error),
                 Err(error) => tracing::warn!(sandbox = %self.boot.sandbox, error = %chain(&error),
                     "the template cannot be used: the machine boots"),
             }
@@ -176,7 +167,6 @@ impl Power<'_> {
             if let Some(network) = network {
                 network.take_back();
             }
-            joining.done().await?;
         }
         let (share, hypervisor) = self.boot_on(network).await?;
         Ok((share, hypervisor, false))
@@ -247,18 +237,17 @@ impl Power<'_> {
             vm.netns = Some(shown.map_err(SandboxError::io("duplicate a network namespace"))?);
         }
         vm.nics = nics.into_iter().map(|(tap, mac)| vm_config::nic(tap, mac)).collect();
+        self.stages.mark("taps made");
         let (share, device) = Share::start(config, boot.sandbox, boot.dir)?;
         if let Some(devices) = share.process() {
             lock(self.state).record_process(devices.pid(), "devices process")?;
+            // It was begun before this process was in the cgroup.
+            self.join(devices.pid()).await;
         }
         self.stages.mark("share started");
         vm.share = Some(device);
         let mut hypervisor = Qemu::new(vm);
-        let started = match keeper {
-            Some(keeper) => fork(&mut hypervisor, &keeper).await,
-            None => hypervisor.start().await.map_err(SandboxError::from),
-        };
-        if let Err(error) = started {
+        if let Err(error) = self.power_on(&mut hypervisor, keeper).await {
             share.end().await;
             return Err(error);
         }
@@ -267,13 +256,35 @@ impl Power<'_> {
         }
         Ok((share, hypervisor))
     }
-}
 
-/// Has the monitor forked, and lets its machine go on.
-async fn fork(hypervisor: &mut Qemu, keeper: &Keeper) -> Result<(), SandboxError> {
-    let order = hypervisor.order().await?;
-    let child = keeper.fork(order).await.map_err(SandboxError::io("fork a monitor"))?;
-    Ok(hypervisor.forked(child).await?)
+    /// Has the monitor forked, and lets its machine go on; or executes one. What that takes is
+    /// counted in the cgroup from its first page on.
+    async fn power_on(
+        &self,
+        hypervisor: &mut Qemu,
+        keeper: Option<Keeper>,
+    ) -> Result<(), SandboxError> {
+        let Some(keeper) = keeper else {
+            if let Some(joining) = self.joining {
+                joining.done().await?;
+                self.stages.mark("in its cgroup");
+            }
+            return Ok(hypervisor.start().await?);
+        };
+        let order = hypervisor.order().await?;
+        let child = keeper.fork(order).await.map_err(SandboxError::io("fork a monitor"))?;
+        hypervisor.forked(child).await?;
+        // It is no child of this process.
+        self.join(hypervisor.pid()).await;
+        Ok(())
+    }
+
+    /// Begins to move a process into the cgroup, if there is one.
+    async fn join(&self, pid: i32) {
+        if let Some(joining) = self.joining {
+            joining.add(pid).await;
+        }
+    }
 }
 
 /// Makes the container's cgroup. Written down first.

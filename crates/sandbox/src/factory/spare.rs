@@ -188,8 +188,14 @@ impl Rehearsed {
         };
         let mut network = Some(Network::new(Netns::create()?, model));
         let (state, stages) = (Mutex::new(state), Stages::start());
-        let power =
-            Power { boot: &boot, config: &config, sizing: &sizing, state: &state, stages: &stages };
+        let power = Power {
+            boot: &boot,
+            config: &config,
+            sizing: &sizing,
+            state: &state,
+            stages: &stages,
+            joining: None,
+        };
         let none = || SandboxError::Factory("there is no template to make a spare of".to_owned());
         let mut clone = power.template(recipe, false).await.ok_or_else(none)?;
         if purpose == Purpose::Stem {
