@@ -391,11 +391,7 @@ impl Containers {
             let _ = process.signal(&self.reaper, libc::SIGKILL);
         }
         if let Some(cgroup) = &container.cgroup {
-            let cgroup = Cgroup::clone(cgroup);
-            // May wait for processes to die.
-            tokio::task::spawn_blocking(move || cgroup.delete())
-                .await
-                .map_err(|_| AgentError::GivenUp)??;
+            delete_cgroup(cgroup).await?;
         }
         timeout(KILL_TIME, process.wait()).await.map_err(|_| {
             AgentError::Precondition(format!("the first process of container {id} will not die"))
@@ -406,6 +402,18 @@ impl Containers {
         self.table().remove(id);
         Ok(())
     }
+}
+
+/// Removes a container's cgroup, and kills what is in it. Mostly that is nothing any more, and a thread
+/// for it would be the dearest part where the guest is emulated.
+async fn delete_cgroup(cgroup: &Cgroup) -> Result<(), AgentError> {
+    if cgroup.delete_unused()? {
+        return Ok(());
+    }
+    let cgroup = cgroup.clone();
+    // Waits for processes to die.
+    let deleted = tokio::task::spawn_blocking(move || cgroup.delete()).await;
+    Ok(deleted.map_err(|_| AgentError::GivenUp)??)
 }
 
 /// Ends what a container's first process leaves in a PID namespace that is not its own.

@@ -53,7 +53,11 @@ pub async fn serve(agent: Arc<Agent>, carrier: Carrier) -> Result<(), ServeError
             let connection = port.connection().await?;
             tracing::debug!("the host has its end of the port open");
             let reason = session(&agent, Acceptor::multiplexed(connection)).await;
-            tracing::info!(%reason, "channel closed");
+            match reason {
+                // The host has said that it would leave.
+                CloseReason::Dropped => tracing::debug!("channel left"),
+                reason => tracing::info!(%reason, "channel closed"),
+            }
         },
         Carrier::Vsock => {
             let address = VsockAddr::new(VMADDR_CID_ANY, VSOCK_PORT);

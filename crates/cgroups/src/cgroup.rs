@@ -202,6 +202,15 @@ impl Cgroup {
         kill::delete(self)
     }
 
+    /// Removes the cgroup and those below it if no process is in them, and waits for nothing.
+    /// False: one is, and something of it is still there.
+    ///
+    /// # Errors
+    /// It cannot be removed for another reason.
+    pub fn delete_unused(&self) -> Result<bool, CgroupError> {
+        kill::delete_unused(self)
+    }
+
     /// What was used so far. Controllers that are not there count nothing.
     ///
     /// # Errors

@@ -220,6 +220,10 @@ pub(crate) fn delete(cgroup: &Cgroup) -> Result<(), CgroupError> {
     Ok(())
 }
 
+pub(crate) fn delete_unused(cgroup: &Cgroup) -> Result<bool, CgroupError> {
+    cgroup.directories().iter().try_fold(true, |all, dir| Ok(remove(dir)? && all))
+}
+
 /// Removes one tree's directory; kills what is in the way.
 fn delete_tree(cgroup: &Cgroup, root: &Path, dir: &Path) -> Result<(), CgroupError> {
     let end = Instant::now() + KILL_TIME;

@@ -159,6 +159,7 @@ fn delete_kills_what_is_left_even_frozen_and_below() {
         let process = Waiting::new(":");
         below.add(process.pid()).unwrap();
         own.0.freeze().unwrap();
+        assert!(!own.0.delete_unused().unwrap(), "{name}");
         let began = Instant::now();
         own.0.delete().unwrap();
         assert!(!own.0.exists(), "{name}");
@@ -166,6 +167,9 @@ fn delete_kills_what_is_left_even_frozen_and_below() {
         assert_eq!(process.ended().signal(), Some(libc::SIGKILL));
         assert!(own.0.pids().is_err());
         own.0.delete().unwrap();
+        let unused = own.child(&hierarchy, "x/y");
+        assert!(own.0.delete_unused().unwrap() && own.0.delete_unused().unwrap(), "{name}");
+        assert!(!unused.exists() && !own.0.exists(), "{name}");
     }
 }
 

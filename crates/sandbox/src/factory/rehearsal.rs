@@ -107,6 +107,8 @@ impl Rehearsal<'_> {
         }
         step.set("delete it");
         self.agent.delete(&process).await?;
+        step.set("write back");
+        self.agent.sync(PATIENCE).await?;
         step.set("take the network away");
         relay.end_input();
         drop(link);
