@@ -235,7 +235,8 @@ impl CommandLine {
             netdev.push_str(&format!(",vhost=on,vhostfd={}", self.fd(device)));
         }
         self.option("-netdev", netdev);
-        let mut properties = format!("netdev=net{index},mac={}", nic.mac);
+        // A tap filters no VLANs, so there is nothing to be gained by a filter behind it.
+        let mut properties = format!("netdev=net{index},mac={},ctrl_vlan=off", nic.mac);
         if machine == Machine::Q35 {
             // Nobody boots from the network.
             properties.push_str(",romfile=");
