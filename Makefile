@@ -47,7 +47,7 @@ agent: ## build the guest's only program
 guest: distro-guest ## build the initramfs(es) for the kernels there are
 	@if [ -e $(ASSETS)/vmlinux ]; then $(MAKE) --no-print-directory tuned-guest; fi
 
-kernel: ## build the tuned guest kernel (some ten minutes once, then cached)
+kernel: ## build the tuned guest kernels (some twenty minutes once, then cached)
 	@mkdir -p $(ASSETS)
 	guest/kernel/build.sh $(ASSETS)
 
@@ -59,7 +59,7 @@ distro-guest: agent host
 tuned-guest: agent host
 	@mkdir -p $(ASSETS)
 	$(IMAGER) initramfs --agent $(AGENT) --out $(ASSETS)/kata-initramfs.cpio
-	$(IMAGER) returns $(ASSETS)/vmlinux
+	for kernel in $(wildcard $(ASSETS)/vmlinux $(ASSETS)/vmlinux-up); do $(IMAGER) returns $$kernel || exit 1; done
 
 install: ## install what was built (honours PREFIX and DESTDIR)
 	@test -x $(RUNTIME) || { echo "install: $(RUNTIME) is missing: run 'make' first" >&2; exit 1; }
@@ -67,7 +67,7 @@ install: ## install what was built (honours PREFIX and DESTDIR)
 	install -D -m 0755 $(RUNTIME) $(DESTDIR)$(bindir)/kata-runtime
 	for name in $(LINKS); do ln -sfn kata-runtime $(DESTDIR)$(bindir)/$$name; done
 	install -d -m 0755 $(DESTDIR)$(assetdir)
-	for file in vmlinux kata-initramfs.cpio vmlinux-distro kata-initramfs-distro.cpio; do \
+	for file in vmlinux vmlinux-up kata-initramfs.cpio vmlinux-distro kata-initramfs-distro.cpio; do \
 	  if [ -e $(ASSETS)/$$file ]; then install -m 0644 $(ASSETS)/$$file $(DESTDIR)$(assetdir)/$$file; fi; done
 	install -d -m 0755 $(DESTDIR)$(configdir)
 	sed 's|/usr/share/kata-containers|$(assetdir)|g' deploy/configuration.toml > $(DESTDIR)$(configdir)/configuration.toml
@@ -75,7 +75,7 @@ install: ## install what was built (honours PREFIX and DESTDIR)
 
 uninstall: ## remove what install put there
 	rm -f $(DESTDIR)$(bindir)/kata-runtime $(addprefix $(DESTDIR)$(bindir)/,$(LINKS))
-	rm -f $(addprefix $(DESTDIR)$(assetdir)/,vmlinux kata-initramfs.cpio vmlinux-distro kata-initramfs-distro.cpio)
+	rm -f $(addprefix $(DESTDIR)$(assetdir)/,vmlinux vmlinux-up kata-initramfs.cpio vmlinux-distro kata-initramfs-distro.cpio)
 	rm -f $(DESTDIR)$(configdir)/configuration.toml
 	for dir in $(assetdir) $(configdir); do rmdir $(DESTDIR)$$dir 2>/dev/null || true; done
 

@@ -3,6 +3,15 @@
 
 use std::path::{Path, PathBuf};
 
+/// What a guest is made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Guest {
+    pub kernel: PathBuf,
+    /// The same kernel for machines with one processor, where it is installed.
+    pub uniprocessor: Option<PathBuf>,
+    pub initrd: PathBuf,
+}
+
 /// Directories that are searched.
 #[derive(Clone, Debug, Default)]
 pub struct Places {
@@ -48,13 +57,15 @@ impl Places {
 
     /// Kernel and initramfs that belong together: the tuned pair, else the distribution's.
     /// When neither is there, the tuned names, for the message that says so.
-    pub(crate) fn guest(&self) -> (PathBuf, PathBuf) {
+    pub(crate) fn guest(&self) -> Guest {
         let pair = |share: &PathBuf, suffix: &str| {
             let dir = share.join("kata-containers");
-            let initrd = format!("kata-initramfs{suffix}.cpio");
-            (dir.join(format!("vmlinux{suffix}")), dir.join(initrd))
+            let initrd = dir.join(format!("kata-initramfs{suffix}.cpio"));
+            let uniprocessor = dir.join(format!("vmlinux{suffix}-up"));
+            let uniprocessor = Some(uniprocessor).filter(|kernel| kernel.is_file());
+            Guest { kernel: dir.join(format!("vmlinux{suffix}")), uniprocessor, initrd }
         };
-        let there = |(kernel, initrd): &(PathBuf, PathBuf)| kernel.is_file() && initrd.is_file();
+        let there = |guest: &Guest| guest.kernel.is_file() && guest.initrd.is_file();
         let mut pairs = self.share.iter().flat_map(|s| [pair(s, ""), pair(s, "-distro")]);
         let usual = || self.share.last().map(|share| pair(share, ""));
         pairs.find(there).or_else(usual).unwrap_or_default()
@@ -90,19 +101,23 @@ mod tests {
         let distro =
             ["b/kata-containers/vmlinux-distro", "b/kata-containers/kata-initramfs-distro.cpio"];
         let (dir, places) = place(&[tuned, distro].concat());
-        assert_eq!(places.guest().0, dir.path().join(tuned[0]));
+        let guest = places.guest();
+        assert_eq!((guest.kernel, guest.uniprocessor), (dir.path().join(tuned[0]), None));
         let (dir, places) = place(&distro);
-        assert_eq!(places.guest().1, dir.path().join(distro[1]));
+        assert_eq!(places.guest().initrd, dir.path().join(distro[1]));
         let ours =
             ["a/kata-containers/vmlinux-distro", "a/kata-containers/kata-initramfs-distro.cpio"];
         let (dir, places) = place(&[tuned, ours].concat());
-        assert_eq!(places.guest().0, dir.path().join(ours[0]));
+        assert_eq!(places.guest().kernel, dir.path().join(ours[0]));
+        let uniprocessor = ["b/kata-containers/vmlinux-up"];
+        let (dir, places) = place(&[&tuned[..], &uniprocessor].concat());
+        assert_eq!(places.guest().uniprocessor, Some(dir.path().join(uniprocessor[0])));
     }
 
     #[test]
     fn half_a_pair_is_none_and_nothing_is_the_usual_names() {
         let (dir, places) = place(&["a/kata-containers/vmlinux"]);
-        assert_eq!(places.guest().0, dir.path().join("b/kata-containers/vmlinux"));
+        assert_eq!(places.guest().kernel, dir.path().join("b/kata-containers/vmlinux"));
         assert_eq!(places.qemu(), dir.path().join("bin/qemu-system-x86_64"));
     }
 }

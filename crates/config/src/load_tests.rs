@@ -334,3 +334,20 @@ fn a_configuration_of_kata_is_taken_as_it_is() {
     assert!(config.warnings.iter().any(|w| w.contains("hypervisor.qemu.image")));
     assert!(config.warnings.iter().any(|w| w.contains("virtio_fs_extra_args")));
 }
+
+#[test]
+fn one_processor_has_the_kernel_for_one_unless_a_kernel_is_named() {
+    let share = tempfile::tempdir().unwrap();
+    let dir = share.path().join("kata-containers");
+    std::fs::create_dir(&dir).unwrap();
+    for name in ["vmlinux", "vmlinux-up", "kata-initramfs.cpio"] {
+        std::fs::write(dir.join(name), "").unwrap();
+    }
+    let places = Places { share: vec![share.path().to_owned()], ..Places::default() };
+    let load = |text: &str| load_from(Some(&Files::new(text, &[]).main()), &places).unwrap();
+    let usual = load("").hypervisor;
+    assert_eq!(usual.kernel_of(true), dir.join("vmlinux-up"));
+    assert_eq!(usual.kernel_of(false), dir.join("vmlinux"));
+    let named = load("[hypervisor.qemu]\nkernel = \"/opt/vmlinux\"\n").hypervisor;
+    assert_eq!(named.kernel_of(true), Path::new("/opt/vmlinux"));
+}

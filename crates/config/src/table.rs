@@ -68,7 +68,8 @@ pub(crate) static KEYS: &[Key] = &[
         "QEMU. By default `qemu-system-x86_64` in /usr/bin, /usr/local/bin or /opt/kata/bin."),
     hypervisor("kernel", "", Kind::Path(|c| &mut c.hypervisor.kernel),
         "Guest kernel: an uncompressed `vmlinux` with a PVH entry, or a bzImage. By default the \
-         tuned one in share/kata-containers beside the program or in /usr, else the distribution's."),
+         tuned one in share/kata-containers beside the program or in /usr (for an emulated VM with \
+         one CPU, `vmlinux-up` there), else the distribution's."),
     hypervisor("initrd", "", Kind::Path(|c| &mut c.hypervisor.initrd),
         "Guest initramfs, which holds the agent. By default the one that belongs to the kernel."),
     missing(Hypervisor, "image",

@@ -1,8 +1,9 @@
 //! The configuration of a sandbox, in types.
 
 use crate::Places;
+use crate::assets::Guest;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// An enumeration that is written as text.
 macro_rules! text_enum {
@@ -133,6 +134,9 @@ pub struct HypervisorConfig {
     pub path: PathBuf,
     /// Guest kernel.
     pub kernel: PathBuf,
+    /// A kernel, and what runs instead of it where there is one processor for good.
+    #[serde(skip)]
+    pub(crate) uniprocessor: Option<(PathBuf, PathBuf)>,
     /// Guest initramfs, with the agent in it.
     pub initrd: PathBuf,
     /// Firmware; by default one that suits the machine.
@@ -225,13 +229,25 @@ impl FactoryConfig {
     }
 }
 
+impl HypervisorConfig {
+    /// The kernel of a machine; of one that has one processor and never another, if that is
+    /// what it is. A kernel that is not the usual one runs whatever the machine is.
+    pub fn kernel_of(&self, uniprocessor: bool) -> &Path {
+        match &self.uniprocessor {
+            Some((kernel, other)) if uniprocessor && *kernel == self.kernel => other,
+            _ => &self.kernel,
+        }
+    }
+}
+
 impl SandboxConfig {
     /// What holds when no file says otherwise.
     pub(crate) fn built_in(places: &Places) -> Self {
-        let (kernel, initrd) = places.guest();
+        let Guest { kernel, uniprocessor, initrd } = places.guest();
         Self {
             hypervisor: HypervisorConfig {
                 path: places.qemu(),
+                uniprocessor: uniprocessor.map(|other| (kernel.clone(), other)),
                 kernel,
                 initrd,
                 firmware: None,

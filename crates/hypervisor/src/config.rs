@@ -67,8 +67,18 @@ pub enum KernelKind {
     /// Built from our configuration, with the boot-hints patch, 100 ticks a second.
     #[default]
     Tuned,
+    /// The same for machines that have one processor, and never another: it has nothing to
+    /// keep several apart.
+    Uniprocessor,
     /// A distribution's.
     Distro,
+}
+
+impl KernelKind {
+    /// Whether it listens to the hints of our patch.
+    pub fn is_tuned(self) -> bool {
+        matches!(self, Self::Tuned | Self::Uniprocessor)
+    }
 }
 
 /// How the agent is reached.
@@ -228,7 +238,7 @@ impl VmConfig {
     pub(crate) fn is_bare(&self) -> bool {
         self.machine == Machine::Microvm
             && self.accelerator == Accelerator::Tcg
-            && self.kernel_kind == KernelKind::Tuned
+            && self.kernel_kind.is_tuned()
     }
 
     /// Whether another process reads and writes its memory: the one behind the share.

@@ -11,8 +11,11 @@ use std::path::Path;
 use crate::config::KernelKind;
 use crate::error::HypervisorError;
 
-/// `CONFIG_BUILD_SALT` of guest/kernel/guest.config, which Linux keeps in a note.
-const OUR_SALT: &[u8] = b"kata-boot-hints-2";
+/// `CONFIG_BUILD_SALT` of guest/kernel/guest.config and up.config, which Linux keeps in a note.
+const OUR_SALTS: [(&[u8], KernelKind); 2] = [
+    (b"kata-boot-hints-2", KernelKind::Tuned),
+    (b"kata-boot-hints-2-up", KernelKind::Uniprocessor),
+];
 /// Where a bzImage has its magic numbers (Documentation/arch/x86/boot.rst).
 const BOOT_FLAG: (usize, [u8; 2]) = (0x1fe, [0x55, 0xaa]);
 const HEADER: (usize, &[u8]) = (0x202, b"HdrS");
@@ -69,10 +72,10 @@ fn kernel(path: &Path) -> io::Result<KernelKind> {
             "it is an ELF file without a PVH entry, so no kernel that can be booted directly",
         ));
     }
-    let ours = each_note(&notes).any(|note| {
-        (note.owner, note.kind) == BUILD_SALT && note.data.strip_suffix(b"\0") == Some(OUR_SALT)
-    });
-    Ok(if ours { KernelKind::Tuned } else { KernelKind::Distro })
+    let salted = each_note(&notes).find(|note| (note.owner, note.kind) == BUILD_SALT);
+    let salt = salted.and_then(|note| note.data.strip_suffix(b"\0"));
+    let ours = OUR_SALTS.iter().find(|(known, _)| salt == Some(*known));
+    Ok(ours.map_or(KernelKind::Distro, |(_, kind)| *kind))
 }
 
 /// Refuses what cannot be an initial file system.
@@ -206,18 +209,25 @@ mod tests {
     #[test]
     fn a_kernel_is_known_by_its_notes_whatever_its_name() {
         let pvh = note(b"Xen", 18, &[0; 8]);
-        let salt = note(b"Linux", 0x100, &[OUR_SALT, b"\0"].concat());
-        assert_eq!(kind(&elf(&[salt, pvh.clone()])), Ok(KernelKind::Tuned));
+        for (salt, ours) in OUR_SALTS {
+            let salt = note(b"Linux", 0x100, &[salt, b"\0"].concat());
+            assert_eq!(kind(&elf(&[salt, pvh.clone()])), Ok(ours));
+        }
         let other = note(b"Linux", 0x100, b"6.12.0-cloud-amd64\0");
         assert_eq!(kind(&elf(&[other, pvh.clone()])), Ok(KernelKind::Distro));
         assert_eq!(kind(&elf(&[pvh])), Ok(KernelKind::Distro));
     }
 
     #[test]
-    fn our_kernel_is_the_one_that_is_configured() {
-        let config = include_str!("../../../guest/kernel/guest.config");
-        let salt = std::str::from_utf8(OUR_SALT).unwrap();
-        assert!(config.contains(&format!("\nCONFIG_BUILD_SALT=\"{salt}\"\n")));
+    fn our_kernels_are_those_that_are_configured() {
+        let configs = [
+            include_str!("../../../guest/kernel/guest.config"),
+            include_str!("../../../guest/kernel/up.config"),
+        ];
+        for (config, (salt, _)) in configs.into_iter().zip(OUR_SALTS) {
+            let salt = std::str::from_utf8(salt).unwrap();
+            assert!(config.contains(&format!("\nCONFIG_BUILD_SALT=\"{salt}\"\n")), "{salt}");
+        }
     }
 
     #[test]

@@ -12,7 +12,10 @@ use crate::qemu::first_memory;
 const ALWAYS: &[&str] = &["console=hvc0", "panic=-1"];
 
 /// For every kernel under TCG: clocks and processors are what they are.
-const TCG: &[&str] = &["tsc=reliable", "no_timer_check", "noreplace-smp"];
+const TCG: &[&str] = &["tsc=reliable", "no_timer_check"];
+
+/// For kernels that would make one for a single processor of their own code.
+const TCG_SMP: &[&str] = &["noreplace-smp"];
 
 /// Defences that cost time under TCG and are of no use there: the guest's code runs on no
 /// processor with these faults, but is translated.
@@ -38,11 +41,11 @@ const TCG_DISTRO: &[&str] = &["nokaslr"];
 /// bounce buffers for devices that could not reach it, of which there are none.
 const GROWS: &[&str] = &["memhp_default_state=online", "swiotlb=noforce"];
 
-/// For a machine without ACPI; QEMU adds where the devices are. It has no keyboard's controller
+/// For a machine without ACPI and PCI; QEMU adds where the devices are. It has no keyboard's controller
 /// either, which Linux would try next to restart, as after a panic: only a triple fault is left.
 /// The rest is of our boot-hints patch: it has NICs that nobody may ever need, and queues of a
 /// length that nobody asked for.
-const BARE: &[&str] = &["acpi=off", "reboot=t", "sleeping_nics", "pci_sized_queues"];
+const BARE: &[&str] = &["acpi=off", "pci=off", "reboot=t", "sleeping_nics", "pci_sized_queues"];
 
 /// The whole command line, for this major version of QEMU.
 pub fn command_line(config: &VmConfig, qemu_major: u32) -> String {
@@ -50,11 +53,14 @@ pub fn command_line(config: &VmConfig, qemu_major: u32) -> String {
     if config.quiet {
         params.push("quiet".to_owned());
     }
-    if config.kernel_kind == KernelKind::Tuned {
+    if config.kernel_kind.is_tuned() {
         params.extend(TUNED.iter().map(ToString::to_string));
     }
     if config.accelerator == Accelerator::Tcg {
         params.extend(TCG.iter().chain(TCG_DEFENCES_OFF).map(ToString::to_string));
+        if config.kernel_kind != KernelKind::Uniprocessor {
+            params.extend(TCG_SMP.iter().map(ToString::to_string));
+        }
         if qemu_major < 8 {
             params.extend(TCG_OLD_QEMU.iter().map(ToString::to_string));
         }
@@ -63,8 +69,10 @@ pub fn command_line(config: &VmConfig, qemu_major: u32) -> String {
             params.push(format!("lpj={}", loops_per_jiffy(config.tsc_khz, config.kernel_kind)));
         }
         params.extend(match config.kernel_kind {
-            KernelKind::Tuned => TCG_TUNED.iter().map(ToString::to_string),
             KernelKind::Distro => TCG_DISTRO.iter().map(ToString::to_string),
+            KernelKind::Tuned | KernelKind::Uniprocessor => {
+                TCG_TUNED.iter().map(ToString::to_string)
+            }
         });
     }
     if config.is_bare() {
@@ -83,7 +91,7 @@ pub fn command_line(config: &VmConfig, qemu_major: u32) -> String {
 /// What the kernel would measure for its delay loop, which counts the time stamp counter.
 fn loops_per_jiffy(tsc_khz: u64, kernel: KernelKind) -> u64 {
     let ticks_per_second = match kernel {
-        KernelKind::Tuned => 100,
+        KernelKind::Tuned | KernelKind::Uniprocessor => 100,
         KernelKind::Distro => 250,
     };
     tsc_khz.saturating_mul(1000) / ticks_per_second
@@ -168,5 +176,14 @@ mod tests {
     fn the_configurations_parameters_come_last_and_so_win() {
         let params = params(|config| config.kernel_params = vec!["panic=5".to_owned()]);
         assert_eq!(params.last().unwrap(), "panic=5");
+    }
+
+    #[test]
+    fn a_kernel_for_one_processor_takes_all_hints_and_nothing_about_several() {
+        let with = |kind| params(|config| config.kernel_kind = kind);
+        let (one, several) = (with(KernelKind::Uniprocessor), with(KernelKind::Tuned));
+        assert!(has(&several, "noreplace-smp") && !has(&one, "noreplace-smp"));
+        let others = several.iter().filter(|param| *param != "noreplace-smp");
+        assert!(others.eq(one.iter()));
     }
 }

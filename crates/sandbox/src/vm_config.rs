@@ -52,13 +52,23 @@ pub(crate) fn vm_config(
         kernel_params.push("agent.log=debug".to_owned());
     }
     let grows = !config.runtime.static_sandbox_resource_mgmt;
-    let kernel_kind = KernelKind::of(&hypervisor.kernel)?;
+    // Where the guest is emulated, no processor can be added to it.
+    let uniprocessor =
+        verdict.accelerator == kata_hypervisor::Accelerator::Tcg && sizing.vcpus == 1;
+    let kernel = hypervisor.kernel_of(uniprocessor);
+    let kernel_kind = KernelKind::of(kernel)?;
+    if kernel_kind == KernelKind::Uniprocessor && sizing.vcpus > 1 {
+        return Err(SandboxError::Unsupported(
+            "a machine of several CPUs with a kernel for one (kernel = \"…/vmlinux-up\"; leave it out)",
+        ));
+    }
+    let gets_vcpus = grows && kernel_kind != KernelKind::Uniprocessor;
     Ok(VmConfig {
         netns: None,
         id: sandbox.to_string(),
         qemu: hypervisor.path.clone(),
         firmware: hypervisor.firmware.clone(),
-        kernel: hypervisor.kernel.clone(),
+        kernel: kernel.to_owned(),
         kernel_kind,
         initrd: hypervisor.initrd.clone(),
         quiet: !hypervisor.enable_debug,
@@ -74,7 +84,7 @@ pub(crate) fn vm_config(
         max_memory_mib: sizing.max_memory_mib,
         memory_slots: if grows { hypervisor.memory_slots } else { 0 },
         vcpus: sizing.vcpus,
-        max_vcpus: if grows { sizing.max_vcpus } else { sizing.vcpus },
+        max_vcpus: if gets_vcpus { sizing.max_vcpus } else { sizing.vcpus },
         nics: Vec::new(),
         // Under TCG it moves nothing faster.
         vhost_net: verdict.accelerator == kata_hypervisor::Accelerator::Kvm
@@ -109,7 +119,7 @@ fn machine(
 ) -> kata_hypervisor::Machine {
     use kata_hypervisor::{Accelerator::Tcg, Machine::Microvm, Machine::Q35};
     let hypervisor = &config.hypervisor;
-    let quick = accelerator == Tcg && kernel == KernelKind::Tuned;
+    let quick = accelerator == Tcg && kernel.is_tuned();
     let usual = hypervisor.machine_accelerators.is_empty() && hypervisor.firmware.is_none();
     // A macvtap is made for the interface that it is on, so its NIC cannot be there before.
     let few = later == Later::Networks && network_model(config) != Model::Macvtap;

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::resize::Room;
-use crate::config::{Accelerator, KernelKind, VmConfig};
+use crate::config::{Accelerator, VmConfig};
 use crate::snapshot::guest_memory;
 
 const MIB: u64 = 1 << 20;
@@ -38,7 +38,7 @@ const HOLE: u64 = 2048;
 pub(super) fn memory(config: &VmConfig) -> io::Result<Option<OwnedFd>> {
     let room = Room::new(config);
     let shared = config.shares_memory() || room.keeps_back();
-    let known = config.accelerator == Accelerator::Tcg && config.kernel_kind == KernelKind::Tuned;
+    let known = config.accelerator == Accelerator::Tcg && config.kernel_kind.is_tuned();
     if !shared || !known {
         return Ok(None);
     }
@@ -102,6 +102,6 @@ mod tests {
         assert!(!has(|config| {
             (config.machine, config.accelerator) = (Machine::Microvm, Accelerator::Kvm);
         }));
-        assert!(!has(|config| config.kernel_kind = KernelKind::Distro));
+        assert!(!has(|config| config.kernel_kind = crate::KernelKind::Distro));
     }
 }
