@@ -102,8 +102,10 @@ pub fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
-/// `CLOCK_BOOTTIME`, nanoseconds.
+/// `CLOCK_BOOTTIME`, nanoseconds. Asked by the C library, which has found the way to the clock when
+/// the program started; rustix would look for it once more.
 pub fn boottime_ns() -> i64 {
-    let now = rustix::time::clock_gettime(ClockId::Boottime);
-    now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
+    // Linux always has this clock.
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    now.map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
 }

@@ -13,15 +13,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::resize::Room;
-use crate::config::{Accelerator, VmConfig};
+use crate::config::{Accelerator, KernelKind, VmConfig};
 use crate::snapshot::guest_memory;
 
 const MIB: u64 = 1 << 20;
 /// Where our kernel is, MiB. This and the rest is so in guests of every size (`SEEK_DATA` on the
 /// memory of a running one shows it), but that the rest is only where there is no hole in the memory.
 const KERNEL: Range<u64> = 16..36;
-/// What is allocated when all memory is known.
+/// What is allocated when all memory is known; by a kernel for one processor, at least.
 const FIRST: Range<u64> = 8..16;
+const FIRST_OF_ONE: Range<u64> = 8..11;
 /// The end of the memory: the initial file system, and what is allocated at first.
 const TOP: u64 = 3;
 /// Before that there is room for the descriptors of pages, a 64th of the memory, of which few are
@@ -43,7 +44,8 @@ pub(super) fn memory(config: &VmConfig) -> io::Result<Option<OwnedFd>> {
         return Ok(None);
     }
     let memory = guest_memory(room.memory_mib())?;
-    let (ahead, ranges) = (File::from(memory.try_clone()?), touched(config.memory_mib.into()));
+    let (ahead, ranges) =
+        (File::from(memory.try_clone()?), touched(config.memory_mib.into(), config.kernel_kind));
     let take = move || {
         for range in ranges {
             let (start, length) = (range.start * MIB, (range.end - range.start) * MIB);
@@ -58,16 +60,17 @@ pub(super) fn memory(config: &VmConfig) -> io::Result<Option<OwnedFd>> {
     Ok(Some(memory))
 }
 
-/// The ranges that a guest of this size touches when it boots, MiB; those first that it needs
-/// first.
-fn touched(memory: u64) -> Vec<Range<u64>> {
+/// The ranges that a guest of this size touches when it boots this kernel, MiB; those first that
+/// it needs first.
+fn touched(memory: u64, kernel: KernelKind) -> Vec<Range<u64>> {
     if memory < LEAST {
         return Vec::new();
     }
     let mut ranges = vec![KERNEL];
     if memory <= HOLE {
         let room = memory - memory / DESCRIPTORS;
-        ranges.extend([memory - TOP..memory, room - TABLES.end..room - TABLES.start, FIRST]);
+        let first = if kernel == KernelKind::Uniprocessor { FIRST_OF_ONE } else { FIRST };
+        ranges.extend([memory - TOP..memory, room - TABLES.end..room - TABLES.start, first]);
     }
     ranges
 }
@@ -81,13 +84,15 @@ mod tests {
     #[test]
     fn what_is_taken_ahead_is_inside_and_once() {
         for memory in [64, 128, 129, 256, 2048, 2050, 6 << 10, 1 << 20] {
-            let mut ranges = touched(memory);
+            let mut ranges = touched(memory, KernelKind::Tuned);
             ranges.sort_by_key(|range| range.start);
             assert!(ranges.iter().all(|range| range.start < range.end && range.end <= memory));
             assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start), "{ranges:?}");
         }
-        assert_eq!(touched(64), []);
-        assert_eq!(touched(2048), [16..36, 2045..2048, 2010..2014, 8..16]);
+        assert_eq!(touched(64, KernelKind::Tuned), []);
+        assert_eq!(touched(2048, KernelKind::Tuned), [16..36, 2045..2048, 2010..2014, 8..16]);
+        let of_one = touched(2048, KernelKind::Uniprocessor);
+        assert_eq!(of_one, [16..36, 2045..2048, 2010..2014, 8..11]);
     }
 
     #[test]
@@ -102,6 +107,6 @@ mod tests {
         assert!(!has(|config| {
             (config.machine, config.accelerator) = (Machine::Microvm, Accelerator::Kvm);
         }));
-        assert!(!has(|config| config.kernel_kind = crate::KernelKind::Distro));
+        assert!(!has(|config| config.kernel_kind = KernelKind::Distro));
     }
 }
