@@ -52,16 +52,7 @@ pub(crate) fn vm_config(
         kernel_params.push("agent.log=debug".to_owned());
     }
     let grows = !config.runtime.static_sandbox_resource_mgmt;
-    // Where the guest is emulated, no processor can be added to it.
-    let uniprocessor =
-        verdict.accelerator == kata_hypervisor::Accelerator::Tcg && sizing.vcpus == 1;
-    let kernel = hypervisor.kernel_of(uniprocessor);
-    let kernel_kind = KernelKind::of(kernel)?;
-    if kernel_kind == KernelKind::Uniprocessor && sizing.vcpus > 1 {
-        return Err(SandboxError::Unsupported(
-            "a machine of several CPUs with a kernel for one (kernel = \"…/vmlinux-up\"; leave it out)",
-        ));
-    }
+    let (kernel, kernel_kind) = kernel(config, verdict.accelerator, sizing.vcpus)?;
     let gets_vcpus = grows && kernel_kind != KernelKind::Uniprocessor;
     Ok(VmConfig {
         netns: None,
@@ -96,6 +87,24 @@ pub(crate) fn vm_config(
         jail: true,
         uid: FIRST_UID + std::process::id(),
     })
+}
+
+/// The kernel of a machine with so many processors.
+fn kernel(
+    config: &SandboxConfig,
+    accelerator: kata_hypervisor::Accelerator,
+    vcpus: u32,
+) -> Result<(&Path, KernelKind), SandboxError> {
+    // Where the guest is emulated, no processor can be added to it.
+    let uniprocessor = accelerator == kata_hypervisor::Accelerator::Tcg && vcpus == 1;
+    let kernel = config.hypervisor.kernel_of(uniprocessor);
+    let kind = KernelKind::of(kernel)?;
+    if kind == KernelKind::Uniprocessor && vcpus > 1 {
+        return Err(SandboxError::Unsupported(
+            "a machine of several CPUs with a kernel for one (kernel = \"…/vmlinux-up\": leave it out)",
+        ));
+    }
+    Ok((kernel, kind))
 }
 
 /// Reaches the agent of a machine that is to boot by vsock, where that is wanted and there is.

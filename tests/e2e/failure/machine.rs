@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use kata_e2e::assets;
 use kata_e2e::command::{self, Output, PATIENCE};
 use kata_e2e::oci::{Bundle, Oci};
 use kata_e2e::runner::Trial;
@@ -17,6 +18,7 @@ pub fn trials() -> Vec<Trial<Oci>> {
         Kata: missing_hypervisor_is_named, missing_kernel_is_named, missing_initrd_is_named,
             kernel_that_is_none_is_an_error, wrong_configuration_names_file_and_line,
             guest_without_an_init_shows_its_console, agent_that_does_not_answer_is_an_error,
+            kernel_for_one_is_refused_to_several_cpus,
             killed_hypervisor_ends_the_container_at_once, killed_devices_process_ends_the_container,
             killed_server_ends_the_container_and_leaves_nothing,
             killed_stand_in_leaves_nothing_after_delete, panic_of_the_guest_shows_its_console,
@@ -63,6 +65,11 @@ fn kernel_that_is_none_is_an_error(oci: &Oci) -> Result<()> {
     fs::write(&file, "this is no kernel\n")?;
     let config = format!("[hypervisor.qemu]\nkernel = \"{}\"\n", file.display());
     is_refused_naming(oci, &config, &["no-kernel"])
+}
+
+fn kernel_for_one_is_refused_to_several_cpus(oci: &Oci) -> Result<()> {
+    let config = format!("[hypervisor.qemu]\nkernel = \"{}\"\ndefault_vcpus = 2\n", assets::KERNEL);
+    is_refused_naming(oci, &config, &["vmlinux-up", "several CPUs", "leave it out"])
 }
 
 fn wrong_configuration_names_file_and_line(oci: &Oci) -> Result<()> {
