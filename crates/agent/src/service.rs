@@ -269,8 +269,8 @@ fn exec_id(text: &str) -> Result<Option<Id>, AgentError> {
     Ok(if text.is_empty() { None } else { Some(text.parse()?) })
 }
 
-/// Writes back what the guest holds. It is about to end, so there is nobody who would have to be
-/// served meanwhile, and where it is emulated a thread is the dearest part of this.
+/// Writes back what the guest holds. It is about to end or to be forked: there is nobody to be
+/// served meanwhile, and where it is emulated a thread would be the dearest part of this.
 fn sync() -> Empty {
     rustix::fs::sync();
     Empty::default()

@@ -348,6 +348,8 @@ fn one_processor_has_the_kernel_for_one_unless_a_kernel_is_named() {
     let usual = load("").hypervisor;
     assert_eq!(usual.kernel_of(true), dir.join("vmlinux-up"));
     assert_eq!(usual.kernel_of(false), dir.join("vmlinux"));
-    let named = load("[hypervisor.qemu]\nkernel = \"/opt/vmlinux\"\n").hypervisor;
-    assert_eq!(named.kernel_of(true), Path::new("/opt/vmlinux"));
+    for kernel in [Path::new("/opt/vmlinux"), &usual.kernel] {
+        let named = format!("[hypervisor.qemu]\nkernel = \"{}\"\n", kernel.display());
+        assert_eq!(load(&named).hypervisor.kernel_of(true), kernel);
+    }
 }

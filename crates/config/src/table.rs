@@ -66,7 +66,11 @@ fn memory(place: &mut u32, value: &Value) -> bool {
 pub(crate) static KEYS: &[Key] = &[
     hypervisor("path", "", Kind::Path(|c| &mut c.hypervisor.path),
         "QEMU. By default `qemu-system-x86_64` in /usr/bin, /usr/local/bin or /opt/kata/bin."),
-    hypervisor("kernel", "", Kind::Path(|c| &mut c.hypervisor.kernel),
+    hypervisor("kernel", "", Kind::Path(|c| {
+            // Who names one gets that one.
+            c.hypervisor.uniprocessor = None;
+            &mut c.hypervisor.kernel
+        }),
         "Guest kernel: an uncompressed `vmlinux` with a PVH entry, or a bzImage. By default the \
          tuned one in share/kata-containers beside the program or in /usr (for an emulated VM with \
          one CPU, `vmlinux-up` there), else the distribution's."),

@@ -134,9 +134,9 @@ pub struct HypervisorConfig {
     pub path: PathBuf,
     /// Guest kernel.
     pub kernel: PathBuf,
-    /// A kernel, and what runs instead of it where there is one processor for good.
+    /// What runs instead where there is one processor for good; none when a kernel was named.
     #[serde(skip)]
-    pub(crate) uniprocessor: Option<(PathBuf, PathBuf)>,
+    pub(crate) uniprocessor: Option<PathBuf>,
     /// Guest initramfs, with the agent in it.
     pub initrd: PathBuf,
     /// Firmware; by default one that suits the machine.
@@ -231,12 +231,9 @@ impl FactoryConfig {
 
 impl HypervisorConfig {
     /// The kernel of a machine; of one that has one processor and never another, if that is
-    /// what it is. A kernel that is not the usual one runs whatever the machine is.
+    /// what it is. A kernel that was named runs whatever the machine is.
     pub fn kernel_of(&self, uniprocessor: bool) -> &Path {
-        match &self.uniprocessor {
-            Some((kernel, other)) if uniprocessor && *kernel == self.kernel => other,
-            _ => &self.kernel,
-        }
+        self.uniprocessor.as_ref().filter(|_| uniprocessor).unwrap_or(&self.kernel)
     }
 }
 
@@ -247,8 +244,8 @@ impl SandboxConfig {
         Self {
             hypervisor: HypervisorConfig {
                 path: places.qemu(),
-                uniprocessor: uniprocessor.map(|other| (kernel.clone(), other)),
                 kernel,
+                uniprocessor,
                 initrd,
                 firmware: None,
                 machine: Machine::Auto,
