@@ -2,7 +2,7 @@
 //!
 //! The NICs were plugged before anybody knew what network the container gets, so each
 //! interface of the message names the NIC it is for by its first Ethernet address.
-//! [`configure`] may be called again and again: what is there and not wanted goes, and a
+//! [`Nics::configure`] may be called again and again: what is there and not wanted goes, and a
 //! NIC that no interface uses is put out of the containers' sight ([`Parking`]), unless it is
 //! about to be used: the way there and back takes tens of milliseconds. Only the
 //! VM's NICs are touched; what containers make for themselves (bridges, tunnels) is theirs.
@@ -20,13 +20,15 @@ use kata_netlink::{
 use kata_protocol::{agent, limits};
 use tokio::time::timeout;
 
+mod ipv6;
 mod parking;
 mod sleeping;
 #[cfg(test)]
 mod tests;
 
-pub use parking::Parking;
-pub use sleeping::Sleeping;
+use ipv6::Switches;
+use parking::Parking;
+use sleeping::Sleeping;
 
 /// How long a NIC that was plugged may take to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -58,55 +60,70 @@ pub enum NetworkError {
     /// A NIC does not start.
     #[error("cannot take a network device into use")]
     Wake(#[source] std::io::Error),
+    /// IPv6 does not go off or on.
+    #[error("cannot switch IPv6 of {0} off or on")]
+    Ipv6(String, #[source] std::io::Error),
     /// The kernel's refusal.
     #[error("cannot configure the network")]
     Netlink(#[from] NetlinkError),
 }
 
-/// Makes the network so, and takes `lo` up. NICs that are still being plugged are waited for.
-///
-/// # Errors
-/// When the message is invalid, a NIC does not appear, or the kernel refuses something.
-pub async fn configure(
-    network: &agent::Network,
-    parking: &mut Parking,
-    sleeping: &mut Sleeping,
-) -> Result<(), NetworkError> {
-    // Virtual interfaces have a kind, the VM's own NICs have none.
-    configure_nics(network, parking, sleeping, |link| link.kind == LinkKind::Device).await
+/// The NICs of the machine, and what is remembered of its network.
+#[derive(Debug, Default)]
+pub struct Nics {
+    parking: Parking,
+    sleeping: Sleeping,
+    switches: Switches,
 }
 
-/// Does ahead what a first network takes.
-///
-/// # Errors
-/// When a NIC cannot be woken, or there can be no place for unused ones.
-pub fn prepare(parking: &mut Parking, sleeping: &mut Sleeping) -> Result<(), NetworkError> {
-    sleeping.wake(1).map_err(NetworkError::Wake)?;
-    parking.prepare()
-}
-
-async fn configure_nics(
-    network: &agent::Network,
-    parking: &mut Parking,
-    sleeping: &mut Sleeping,
-    is_nic: impl Fn(&Link) -> bool,
-) -> Result<(), NetworkError> {
-    let wanted = Wanted::parse(network)?;
-    let mut socket = Socket::open()?;
-    parking.fetch(|parked| wanted.interfaces.iter().any(|interface| interface.is(parked)))?;
-    sleeping.wake(wanted.interfaces.len()).map_err(NetworkError::Wake)?;
-    let (links, indexes) = devices(&mut socket, sleeping, &wanted).await?;
-    let is_unused =
-        |link: &Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
-    let (unused, mut links): (Vec<_>, Vec<_>) = links.into_iter().partition(is_unused);
-    if network.keep_unused {
-        lay_down(&mut socket, &unused)?;
-        links.extend(unused);
-    } else {
-        let unused: Vec<u32> = unused.iter().map(|link| link.index).collect();
-        parking.put(&mut socket, &unused)?;
+impl Nics {
+    /// Of the machine that is all ours.
+    pub fn of_guest() -> Self {
+        Self { sleeping: Sleeping::of_guest(), ..Self::default() }
     }
-    apply(&mut socket, &wanted, &links, &indexes)
+
+    /// Makes the network so, and takes `lo` up. NICs that are still being plugged are waited for.
+    ///
+    /// # Errors
+    /// When the message is invalid, a NIC does not appear, or the kernel refuses something.
+    pub async fn configure(&mut self, network: &agent::Network) -> Result<(), NetworkError> {
+        // Virtual interfaces have a kind, the VM's own NICs have none.
+        self.configure_those(network, |link| link.kind == LinkKind::Device).await
+    }
+
+    /// Does ahead what a first network takes.
+    ///
+    /// # Errors
+    /// When a NIC cannot be woken, or there can be no place for unused ones.
+    pub fn prepare(&mut self) -> Result<(), NetworkError> {
+        self.sleeping.wake(1).map_err(NetworkError::Wake)?;
+        self.parking.prepare()
+    }
+
+    async fn configure_those(
+        &mut self,
+        network: &agent::Network,
+        is_nic: impl Fn(&Link) -> bool,
+    ) -> Result<(), NetworkError> {
+        let wanted = Wanted::parse(network)?;
+        let mut socket = Socket::open()?;
+        let is_wanted = |parked: &Link| wanted.interfaces.iter().any(|one| one.is(parked));
+        self.parking.fetch(is_wanted)?;
+        self.sleeping.wake(wanted.interfaces.len()).map_err(NetworkError::Wake)?;
+        let (links, indexes) = devices(&mut socket, &mut self.sleeping, &wanted).await?;
+        let is_unused =
+            |link: &Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
+        let (unused, mut links): (Vec<_>, Vec<_>) = links.into_iter().partition(is_unused);
+        if network.keep_unused {
+            lay_down(&mut socket, &unused)?;
+            links.extend(unused);
+        } else {
+            let unused: Vec<u32> = unused.iter().map(|link| link.index).collect();
+            self.parking.put(&mut socket, &unused)?;
+        }
+        self.switches.set(&wanted, &links, &indexes)?;
+        apply(&mut socket, &wanted, &links, &indexes)
+    }
 }
 
 /// Takes NICs down, without the addresses that they would keep.
@@ -134,6 +151,8 @@ struct Wanted {
     interfaces: Vec<Interface>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
+    ipv6_off: bool,
+    loopback_ipv6_off: bool,
 }
 
 struct Interface {
@@ -144,6 +163,7 @@ struct Interface {
     mtu: u32,
     addresses: Vec<Prefix>,
     no_arp: bool,
+    ipv6_off: bool,
 }
 
 impl Wanted {
@@ -172,7 +192,8 @@ impl Wanted {
         let neighbours = network.neighbours.iter();
         let neighbours = neighbours.map(|n| neighbour(n, position(&n.interface)?));
         let neighbours = neighbours.collect::<Result<_, _>>()?;
-        Ok(Self { interfaces, routes, neighbours })
+        let agent::Network { ipv6_off, loopback_ipv6_off, .. } = *network;
+        Ok(Self { interfaces, routes, neighbours, ipv6_off, loopback_ipv6_off })
     }
 
     /// All that is to be there, with the kernel's numbers of the interfaces.
@@ -218,6 +239,7 @@ impl Interface {
             mtu: message.mtu,
             addresses: addresses.collect::<Result<_, _>>()?,
             no_arp: message.no_arp,
+            ipv6_off: message.ipv6_off,
         })
     }
 }
@@ -382,12 +404,17 @@ impl Interface {
         }
     }
 
+    /// Whether the NIC is this interface already, and in use.
+    fn is_made_of(&self, nic: &Link) -> bool {
+        nic.is_up() && nic.name == self.name && nic.mac == Some(self.mac)
+    }
+
     fn requests(&self, link: &Link, requests: &mut Vec<Request>) {
         let renamed = link.name != self.name;
         let moved = link.mac != Some(self.mac);
         let resized = self.mtu != 0 && link.mtu != self.mtu;
         let rearped = link.is_no_arp() != self.no_arp;
-        if link.is_up() && !renamed && !moved {
+        if self.is_made_of(link) {
             if resized || rearped {
                 requests.push(self.settings(link.index, resized));
             }
@@ -404,7 +431,9 @@ impl Interface {
             settings = settings.attr_text(libc::IFLA_IFNAME, &self.name);
         }
         requests.push(settings);
-        requests.push(Link::no_own_addresses(link.index));
+        if !self.ipv6_off {
+            requests.push(Link::no_own_addresses(link.index));
+        }
         requests.push(Link::up(link.index));
     }
 

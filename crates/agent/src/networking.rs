@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::dns;
 use crate::error::AgentError;
-use crate::network::{self, Parking, Sleeping};
+use crate::network::Nics;
 
 /// Interfaces, and the DNS relay once its address and its stream are both known.
 #[derive(Debug, Default)]
@@ -18,13 +18,6 @@ pub struct Networking {
     /// One change of the interfaces at a time.
     nics: tokio::sync::Mutex<Nics>,
     relay: Mutex<Relay>,
-}
-
-/// The NICs that no interface uses.
-#[derive(Debug, Default)]
-struct Nics {
-    parking: Parking,
-    sleeping: Sleeping,
 }
 
 #[derive(Debug, Default)]
@@ -38,8 +31,7 @@ struct Relay {
 impl Networking {
     /// Of the machine that is all ours.
     pub fn of_guest() -> Self {
-        let nics = Nics { sleeping: Sleeping::of_guest(), ..Nics::default() };
-        Self { nics: tokio::sync::Mutex::new(nics), ..Self::default() }
+        Self { nics: tokio::sync::Mutex::new(Nics::of_guest()), ..Self::default() }
     }
 
     /// Makes the network what the message says.
@@ -54,10 +46,7 @@ impl Networking {
             })?),
         };
         let mut nics = self.nics.lock().await;
-        let Nics { parking, sleeping } = &mut *nics;
-        network::configure(wanted, parking, sleeping)
-            .await
-            .map_err(|error| AgentError::Network(chain(&error)))?;
+        nics.configure(wanted).await.map_err(|error| AgentError::Network(chain(&error)))?;
         self.change(|relay| relay.address = address);
         Ok(())
     }
@@ -70,9 +59,7 @@ impl Networking {
     /// When the NIC cannot be woken, or there can be no such place.
     pub async fn prepare(&self) -> Result<(), AgentError> {
         let mut nics = self.nics.lock().await;
-        let Nics { parking, sleeping } = &mut *nics;
-        let prepared = network::prepare(parking, sleeping);
-        prepared.map_err(|error| AgentError::Network(chain(&error)))
+        nics.prepare().map_err(|error| AgentError::Network(chain(&error)))
     }
 
     /// The host opened the stream on which it answers DNS. It opens a new one for each

@@ -12,6 +12,7 @@
 mod address;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod ipv6;
 mod link;
 mod mac;
 mod message;
@@ -21,6 +22,7 @@ mod route;
 mod socket;
 
 pub use address::Address;
+pub use ipv6::Ipv6;
 pub use link::{Link, LinkKind};
 pub use mac::{InvalidMac, Mac};
 pub use message::{Attributes, Request, flags};

@@ -57,6 +57,8 @@ pub struct Link {
     pub mtu: u32,
     /// `IFF_…`
     pub flags: u32,
+    /// Whether IPv6 is switched off on it ([`Ipv6`](crate::Ipv6)).
+    pub ipv6_off: bool,
 }
 
 impl Link {
@@ -80,6 +82,7 @@ impl Link {
             permanent_mac: None,
             mtu: 0,
             flags: u32_at(body, 8)?,
+            ipv6_off: false,
         };
         for (kind, value) in Attributes::new(body.get(16..)?) {
             match kind {
@@ -93,6 +96,7 @@ impl Link {
                         link.kind = text(kind).into();
                     }
                 }
+                libc::IFLA_AF_SPEC => link.ipv6_off = ipv6_is_off(value),
                 _ => {}
             }
         }
@@ -171,6 +175,17 @@ impl Link {
                 request.attr_text(libc::IFLA_INFO_KIND, kind).nested(libc::IFLA_INFO_DATA, data)
             })
     }
+}
+
+/// From what each address family says of an interface: of IPv6, numbers in the order of
+/// `linux/ipv6.h`.
+fn ipv6_is_off(families: &[u8]) -> bool {
+    const IFLA_INET6_CONF: u16 = 2;
+    const DEVCONF_DISABLE_IPV6: usize = 26;
+    let ipv6 = Attributes::new(families).find(|(family, _)| *family == libc::AF_INET6 as u16);
+    ipv6.and_then(|(_, ipv6)| Attributes::new(ipv6).find(|(kind, _)| *kind == IFLA_INET6_CONF))
+        .and_then(|(_, numbers)| u32_at(numbers, DEVCONF_DISABLE_IPV6 * 4))
+        .is_some_and(|off| off != 0)
 }
 
 /// `struct ifinfomsg`.

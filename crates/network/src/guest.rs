@@ -28,6 +28,8 @@ pub fn guest_network(state: &NetnsState, attached: &[Attachment]) -> agent::Netw
         interfaces: interfaces.collect(),
         routes: routes.collect(),
         neighbours: neighbours.collect(),
+        ipv6_off: state.ipv6_off,
+        loopback_ipv6_off: state.loopback_ipv6_off,
         ..agent::Network::default()
     }
 }
@@ -43,6 +45,7 @@ fn interface(state: &NetnsState, attachment: Attachment) -> Option<agent::Interf
         mtu: link.mtu,
         addresses: addresses.map(|address| address.prefix.to_string()).collect(),
         no_arp: link.is_no_arp(),
+        ipv6_off: link.ipv6_off,
         ..agent::Interface::default()
     })
 }

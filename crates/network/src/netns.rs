@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use kata_netlink::{NetlinkError, Socket};
+use kata_netlink::{Ipv6, NetlinkError, Socket};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::NetworkError;
@@ -54,6 +54,18 @@ impl Netns {
     /// When the process is gone.
     pub fn of_process(pid: i32) -> Result<Self, NetworkError> {
         Self::open(Path::new(&format!("/proc/{pid}/ns/net")))
+    }
+
+    /// Switches IPv6 off in it, as Docker does where a network has none.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn switch_ipv6_off(&self) -> Result<(), NetworkError> {
+        match self.run(|| Ipv6::All.switch(true))? {
+            // There is none anyway.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.map_err(|e| NetworkError::System("switch IPv6 off", e)),
+        }
     }
 
     /// Whether it is the host's: the one of process 1, or our own.

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use kata_netlink::{Address, Link, Neighbour, NetlinkError, Route, Socket};
+use kata_netlink::{Address, Ipv6, Link, Neighbour, NetlinkError, Route, Socket};
 use tracing::warn;
 
 use crate::tap::is_ours;
@@ -20,6 +20,10 @@ pub struct NetnsState {
     pub routes: Vec<Route>,
     /// Their permanent neighbours.
     pub neighbours: Vec<Neighbour>,
+    /// Whether IPv6 is off, or the host has none.
+    pub ipv6_off: bool,
+    /// Whether it is on `lo`.
+    pub loopback_ipv6_off: bool,
 }
 
 /// Reads the namespace. Takes about a millisecond.
@@ -27,8 +31,10 @@ pub struct NetnsState {
 /// # Errors
 /// When it cannot be entered, or the kernel does not list it.
 pub fn scan(netns: &Netns) -> Result<NetnsState, NetworkError> {
-    let mut socket = netns.socket()?;
-    read(&mut socket).map_err(|e| netns.netlink(e))
+    let (socket, ipv6_off) = netns.run(|| (Socket::open(), Ipv6::All.is_off().unwrap_or(true)))?;
+    let state = socket.and_then(|mut socket| read(&mut socket));
+    let state = state.map_err(|error| netns.netlink(error))?;
+    Ok(NetnsState { ipv6_off, ..state })
 }
 
 fn read(socket: &mut Socket) -> Result<NetnsState, NetlinkError> {
@@ -38,6 +44,7 @@ fn read(socket: &mut Socket) -> Result<NetnsState, NetlinkError> {
     let mut neighbours = Neighbour::all(socket)?;
 
     let addressed: HashSet<u32> = addresses.iter().map(|address| address.link).collect();
+    let loopback_ipv6_off = links.iter().any(|link| link.is_loopback() && link.ipv6_off);
     links.retain(|link| is_for_the_guest(link, addressed.contains(&link.index)));
     links.sort_by_key(|link| link.index);
     let kept: HashSet<u32> = links.iter().map(|link| link.index).collect();
@@ -56,7 +63,7 @@ fn read(socket: &mut Socket) -> Result<NetnsState, NetlinkError> {
         // Carrier, multicast and the like come and go, and are the guest's own business.
         link.flags &= (libc::IFF_UP | libc::IFF_NOARP) as u32;
     }
-    Ok(NetnsState { links, addresses, routes, neighbours })
+    Ok(NetnsState { links, addresses, routes, neighbours, loopback_ipv6_off, ipv6_off: false })
 }
 
 /// Kernels make tunnels (`tunl0`, `sit0`) in every namespace: down and without an address.

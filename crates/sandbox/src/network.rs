@@ -247,8 +247,8 @@ impl Network {
     /// What the guest is to be told when all interfaces have gone and others are to come. It is
     /// told what comes then, also if that is nothing.
     pub(crate) fn clear(&mut self) -> Result<agent::Network, SandboxError> {
-        let network = self.sync(None)?.unwrap_or_default();
-        self.told = None;
+        self.sync(None)?;
+        let network = self.told.take().unwrap_or_default();
         Ok(agent::Network { keep_unused: true, ..network })
     }
 

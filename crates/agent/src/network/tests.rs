@@ -1,6 +1,7 @@
 //! The guest's network against the host's, in namespaces: what the host reads from a
 //! container's namespace, the agent makes of another, and reading that gives the same.
 
+use kata_netlink::Ipv6;
 use kata_network::{Attachment, Netns, guest_network, scan};
 use proptest::prelude::*;
 
@@ -30,14 +31,12 @@ fn device(nic: usize) -> Mac {
 /// What `configure` does, in a namespace. A pair's end counts as a NIC.
 fn configure_in(
     guest: &Netns,
-    parking: &mut Parking,
+    nics: &mut Nics,
     network: &agent::Network,
 ) -> Result<(), NetworkError> {
     let work = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(configure_nics(network, parking, &mut Sleeping::default(), |link| {
-            link.kind == LinkKind::Veth
-        }))
+        runtime.block_on(nics.configure_those(network, |link| link.kind == LinkKind::Veth))
     };
     guest.run(work).unwrap()
 }
@@ -60,14 +59,14 @@ fn told(netns: &Netns) -> agent::Network {
 }
 
 /// The order that routes need is the scan's; `told` sorts for the comparison only.
-fn take_over(host: &Netns, guest: &Netns, parking: &mut Parking) {
+fn take_over(host: &Netns, guest: &Netns, known: &mut Nics) {
     let state = scan(host).unwrap();
     let mut links = state.links.clone();
     links.sort_by(|a, b| a.name.cmp(&b.name));
     let nics = links.iter().enumerate();
     let attached: Vec<_> =
         nics.map(|(nic, link)| Attachment { link: link.index, device: device(nic) }).collect();
-    configure_in(guest, parking, &guest_network(&state, &attached)).unwrap();
+    configure_in(guest, known, &guest_network(&state, &attached)).unwrap();
 }
 
 /// A container's network as an engine might make it.
@@ -183,13 +182,13 @@ proptest! {
         first in engine(), second in engine(), vendor: Vendor
     ) {
         let (guest, _wire) = guest(3);
-        let mut parking = Parking::default();
+        let mut nics = Nics::default();
         for engine in [first, second] {
             let (container, _outside) = engine.build(vendor);
-            take_over(&container, &guest, &mut parking);
+            take_over(&container, &guest, &mut nics);
             prop_assert_eq!(told(&guest), told(&container));
             // Nothing changes when it is said again.
-            take_over(&container, &guest, &mut parking);
+            take_over(&container, &guest, &mut nics);
             prop_assert_eq!(told(&guest), told(&container));
         }
     }
@@ -214,10 +213,10 @@ fn network(interfaces: Vec<agent::Interface>) -> agent::Network {
 #[test]
 fn interfaces_may_trade_names() {
     let (guest, _wire) = guest(2);
-    let mut parking = Parking::default();
+    let mut nics = Nics::default();
     let both = |a, b| network(vec![interface(0, a, "10.0.0.2/24"), interface(1, b, "10.1.0.2/24")]);
     for (a, b) in [("eth0", "eth1"), ("eth1", "eth0"), ("nic1", "nic0")] {
-        configure_in(&guest, &mut parking, &both(a, b)).unwrap();
+        configure_in(&guest, &mut nics, &both(a, b)).unwrap();
         let state = scan(&guest).unwrap();
         let named = |nic| state.links.iter().find(|l| l.mac == Some(device(nic))).unwrap();
         assert_eq!((named(0).name.as_str(), named(1).name.as_str()), (a, b));
@@ -230,7 +229,7 @@ fn a_nic_that_is_plugged_later_is_waited_for() {
     std::thread::scope(|scope| {
         let wanted = network(vec![interface(0, "eth0", "10.0.0.2/24")]);
         let guest = &guest;
-        let waiting = scope.spawn(move || configure_in(guest, &mut Parking::default(), &wanted));
+        let waiting = scope.spawn(move || configure_in(guest, &mut Nics::default(), &wanted));
         std::thread::sleep(Duration::from_millis(200));
         assert!(!waiting.is_finished(), "nothing was there to configure");
         veth(guest, "nic0", &wire, "peer0");
@@ -243,10 +242,67 @@ fn a_nic_that_is_plugged_later_is_waited_for() {
 #[test]
 fn lo_is_up_even_without_a_network() {
     let (guest, _wire) = guest(0);
-    configure_in(&guest, &mut Parking::default(), &agent::Network::default()).unwrap();
+    configure_in(&guest, &mut Nics::default(), &agent::Network::default()).unwrap();
     let bind = || std::net::UdpSocket::bind("127.0.0.11:0").map(drop);
     guest.run(bind).unwrap().unwrap();
-    guest.run(|| std::net::UdpSocket::bind("[::1]:0").map(drop)).unwrap().unwrap();
+    assert!(has_ipv6_loopback(&guest));
+}
+
+fn has_ipv6_loopback(guest: &Netns) -> bool {
+    guest.run(|| std::net::UdpSocket::bind("[::1]:0").is_ok()).unwrap()
+}
+
+fn ipv6_off(netns: &Netns, name: &str) -> bool {
+    let what = if name == "all" { Ipv6::All } else { Ipv6::On(name) };
+    netns.run(|| what.is_off().unwrap()).unwrap()
+}
+
+#[test]
+fn ipv6_is_off_where_the_engine_switched_it_off() {
+    let ((guest, _wire), mut nics) = (guest(2), Nics::default());
+    let (container, outside) = (netns(), netns());
+    let add = |n: usize, address: &str, off: bool| {
+        veth(&container, &format!("eth{n}"), &outside, &format!("peer{n}"));
+        container.run(|| Ipv6::On(&format!("eth{n}")).switch(off).unwrap()).unwrap();
+        let device = device(n);
+        ip(
+            &container,
+            &format!("link set eth{n} address {device} up\naddr add {address} dev eth{n}"),
+        );
+    };
+    // Docker's network without IPv6, and then another with it for the same container.
+    container.run(|| Ipv6::All.switch(true).unwrap()).unwrap();
+    add(0, "10.0.0.2/24", true);
+    take_over(&container, &guest, &mut nics);
+    assert!(["all", "lo", "eth0"].into_iter().all(|name| ipv6_off(&guest, name)));
+    assert!(!has_ipv6_loopback(&guest));
+    assert_eq!(addresses(&guest), ["10.0.0.2/24"]);
+
+    container.run(|| Ipv6::On("lo").switch(false).unwrap()).unwrap();
+    add(1, "fd00::2/64 nodad", false);
+    take_over(&container, &guest, &mut nics);
+    let off = ["all", "lo", "eth0", "eth1"].map(|name| ipv6_off(&guest, name));
+    assert_eq!(off, [true, false, true, false]);
+    assert!(has_ipv6_loopback(&guest));
+    assert!(addresses(&guest).contains(&"fd00::2/64".to_owned()));
+}
+
+#[test]
+fn ipv6_that_a_container_switched_for_itself_stays() {
+    let ((guest, _wire), mut nics) = (guest(1), Nics::default());
+    let one = |address| agent::Network {
+        ipv6_off: true,
+        loopback_ipv6_off: true,
+        ..network(vec![agent::Interface { ipv6_off: true, ..interface(0, "eth0", address) }])
+    };
+    configure_in(&guest, &mut nics, &one("10.0.0.2/24")).unwrap();
+    guest.run(|| Ipv6::All.switch(false).unwrap()).unwrap();
+    configure_in(&guest, &mut nics, &one("10.0.0.3/24")).unwrap();
+    assert!(["all", "lo", "eth0"].into_iter().all(|name| !ipv6_off(&guest, name)));
+    // The next one is on: nothing was off as the host knows it.
+    let on = network(vec![interface(0, "eth0", "10.0.0.3/24")]);
+    configure_in(&guest, &mut nics, &on).unwrap();
+    assert!(!ipv6_off(&guest, "all") && has_ipv6_loopback(&guest));
 }
 
 /// Names of all interfaces, also of those that are down.
@@ -261,22 +317,22 @@ fn names(guest: &Netns) -> Vec<String> {
 #[test]
 fn unused_nics_are_out_of_sight_until_they_are_wanted() {
     let (guest, _wire) = guest(2);
-    let mut parking = Parking::default();
-    configure_in(&guest, &mut parking, &agent::Network::default()).unwrap();
+    let mut nics = Nics::default();
+    configure_in(&guest, &mut nics, &agent::Network::default()).unwrap();
     assert_eq!(names(&guest), ["lo"]);
     for round in 0..5 {
         let nic = round % 2;
         let one = network(vec![interface(nic, "eth0", "10.0.0.2/24")]);
-        configure_in(&guest, &mut parking, &one).unwrap();
+        configure_in(&guest, &mut nics, &one).unwrap();
         assert_eq!(names(&guest), ["eth0", "lo"]);
         let state = scan(&guest).unwrap();
         assert_eq!(state.links[0].mac, Some(device(nic)));
         assert_eq!(state.addresses[0].prefix.to_string(), "10.0.0.2/24");
         let both =
             vec![interface(nic, "eth0", "10.0.0.2/24"), interface(1 - nic, "eth1", "10.1.0.2/24")];
-        configure_in(&guest, &mut parking, &network(both)).unwrap();
+        configure_in(&guest, &mut nics, &network(both)).unwrap();
         assert_eq!(names(&guest), ["eth0", "eth1", "lo"]);
-        configure_in(&guest, &mut parking, &agent::Network::default()).unwrap();
+        configure_in(&guest, &mut nics, &agent::Network::default()).unwrap();
         assert_eq!(names(&guest), ["lo"]);
     }
 }
@@ -284,23 +340,23 @@ fn unused_nics_are_out_of_sight_until_they_are_wanted() {
 #[test]
 fn a_nic_that_is_kept_is_as_before_its_first_use() {
     let (guest, _wire) = guest(1);
-    let mut parking = Parking::default();
+    let mut nics = Nics::default();
     let kept = agent::Network { keep_unused: true, ..agent::Network::default() };
-    configure_in(&guest, &mut parking, &kept).unwrap();
+    configure_in(&guest, &mut nics, &kept).unwrap();
     assert_eq!(names(&guest), ["lo", "nic0"]);
     let used = vec![interface(0, "eth0", "10.0.0.2/24"), interface(0, "eth1", "fd00::2/64")];
     for interface in used {
         let wanted = network(vec![interface.clone()]);
-        configure_in(&guest, &mut parking, &wanted).unwrap();
+        configure_in(&guest, &mut nics, &wanted).unwrap();
         // What a router announced went with the link, what was set would not.
         assert_eq!(addresses(&guest), interface.addresses);
-        configure_in(&guest, &mut parking, &kept).unwrap();
+        configure_in(&guest, &mut nics, &kept).unwrap();
         assert_eq!(names(&guest), [interface.name.as_str(), "lo"]);
         assert_eq!(addresses(&guest), [""; 0]);
         let links = guest.run(|| Link::all(&mut Socket::open().unwrap()).unwrap()).unwrap();
         assert!(links.iter().all(|link| link.is_up() == link.is_loopback()), "{links:?}");
     }
-    configure_in(&guest, &mut parking, &agent::Network::default()).unwrap();
+    configure_in(&guest, &mut nics, &agent::Network::default()).unwrap();
     assert_eq!(names(&guest), ["lo"]);
 }
 
@@ -321,10 +377,10 @@ fn what_a_container_made_for_itself_stays() {
          link set tun7 up",
     );
     let one = network(vec![interface(0, "eth0", "10.0.0.2/24")]);
-    let mut parking = Parking::default();
-    configure_in(&guest, &mut parking, &one).unwrap();
+    let mut nics = Nics::default();
+    configure_in(&guest, &mut nics, &one).unwrap();
     let other = network(vec![interface(0, "eth0", "10.0.0.3/24")]);
-    configure_in(&guest, &mut parking, &other).unwrap();
+    configure_in(&guest, &mut nics, &other).unwrap();
     let state = scan(&guest).unwrap();
     let addresses: Vec<_> = state.addresses.iter().map(|a| a.prefix.to_string()).collect();
     assert!(addresses.contains(&"192.168.7.1/24".to_owned()), "{addresses:?}");

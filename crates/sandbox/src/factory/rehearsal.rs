@@ -120,9 +120,10 @@ impl Rehearsal<'_> {
     }
 }
 
-/// An interface such as engines make; the guest has it as long as this lives. Nobody else sees
-/// the addresses.
+/// An interface such as Docker makes, in a network without IPv6; the guest has it as long as this
+/// lives. Nobody else sees the addresses. Where IPv6 is on, guests pay for that alone.
 fn interface(netns: &Netns) -> Result<Tap, SandboxError> {
+    netns.switch_ipv6_off()?;
     let [address, gateway] = [Ipv4Addr::new(192, 0, 2, 2), Ipv4Addr::new(192, 0, 2, 1)];
     let address = Prefix { address: address.into(), length: 24 };
     Ok(Tap::as_interface(netns, "eth0", address, gateway.into())?)
