@@ -59,7 +59,7 @@ distro-guest: agent host
 tuned-guest: agent host
 	@mkdir -p $(ASSETS)
 	$(IMAGER) initramfs --agent $(AGENT) --out $(ASSETS)/kata-initramfs.cpio
-	for kernel in $(wildcard $(ASSETS)/vmlinux $(ASSETS)/vmlinux-up); do $(IMAGER) returns $$kernel || exit 1; done
+	$(IMAGER) returns $(ASSETS)/vmlinux
 
 install: ## install what was built (honours PREFIX and DESTDIR)
 	@test -x $(RUNTIME) || { echo "install: $(RUNTIME) is missing: run 'make' first" >&2; exit 1; }

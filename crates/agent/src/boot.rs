@@ -5,14 +5,16 @@
 
 use std::ffi::CStr;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use kata_cgroups::Hierarchy;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::Mode;
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
+
+use crate::console;
 
 /// Ordered list of modules (paths in the initramfs) that the kernel needs; may be missing.
 const MODULES: &str = "/etc/kata/modules";
@@ -68,7 +70,7 @@ struct Entry {
 
 const HARDENED: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
-/// Mounted in this order below the new root.
+/// Mounted in this order below the new root. Containers bring the rest: a `devpts` each.
 const MOUNTS: &[Entry] = &[
     Entry { source: "proc", target: "proc", fstype: "proc", flags: HARDENED, data: c"" },
     Entry { source: "sysfs", target: "sys", fstype: "sysfs", flags: HARDENED, data: c"" },
@@ -85,13 +87,6 @@ const MOUNTS: &[Entry] = &[
         fstype: "devtmpfs",
         flags: MountFlags::NOSUID,
         data: c"mode=755",
-    },
-    Entry {
-        source: "devpts",
-        target: "dev/pts",
-        fstype: "devpts",
-        flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
-        data: c"gid=5,mode=620,ptmxmode=666",
     },
     Entry {
         source: "tmpfs",
@@ -124,7 +119,8 @@ pub fn boot() -> Result<Settings, BootError> {
         };
         mounted.map_err(|error| BootError::Mount(entry.target, error))?;
     }
-    open_console();
+    // Without a console there is nobody to tell.
+    let _ = console::keep(&Path::new(NEW_ROOT).join("dev/console"));
     hurry_grace_periods();
     load_modules()?;
     switch_root().map_err(|error| BootError::Step("switch to the new root", error))?;
@@ -161,19 +157,6 @@ fn switch_root() -> io::Result<()> {
     Ok(())
 }
 
-/// The kernel opened a console for us if the initramfs has the node; else do so here.
-fn open_console() {
-    let flags = OFlags::RDWR | OFlags::NOCTTY;
-    let Ok(console) = rustix::fs::open(format!("{NEW_ROOT}/dev/console"), flags, Mode::empty())
-    else {
-        return;
-    };
-    // Without a console there is nobody to tell.
-    let _ = rustix::stdio::dup2_stdin(&console);
-    let _ = rustix::stdio::dup2_stdout(&console);
-    let _ = rustix::stdio::dup2_stderr(&console);
-}
-
 /// Whoever changes cgroups or namespaces waits for a grace period of the kernel's RCU: some
 /// twenty milliseconds, which would be the largest part of starting a process. Expedited,
 /// it interrupts the guest's few processors instead, and is over at once.
@@ -200,7 +183,7 @@ fn load_module(path: &str) -> io::Result<()> {
 
 /// Ends the guest with one line on its console, which the host shows.
 pub fn fail(text: &str) -> ! {
-    let _ = writeln!(io::stderr(), "kata-agent: fatal: {}", text.escape_debug());
+    console::say(&format!("kata-agent: fatal: {}\n", text.escape_debug()));
     power_off()
 }
 

@@ -8,6 +8,7 @@
 //! The host is trusted; what runs in a container is not.
 
 pub mod boot;
+pub mod console;
 pub mod container;
 pub mod containers;
 pub mod dns;

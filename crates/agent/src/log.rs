@@ -1,13 +1,12 @@
-//! The agent's log: lines on standard error, which is the guest's console.
+//! The agent's log: lines on the guest's console.
 
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
 
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::machine;
+use crate::{console, machine};
 
 /// Longest line, bytes. What a container makes us log must not flood the console.
 const LINE: usize = 1024;
@@ -53,8 +52,7 @@ impl Subscriber for Console {
             text.truncate(end);
         }
         text.push('\n');
-        // Nothing can be told about a console that does not take it.
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        console::say(&text);
     }
 
     fn enter(&self, _: &Id) {}

@@ -74,6 +74,8 @@ pub struct Nics {
     parking: Parking,
     sleeping: Sleeping,
     switches: Switches,
+    /// Those of the last message.
+    addresses: Vec<Address>,
 }
 
 impl Nics {
@@ -115,26 +117,29 @@ impl Nics {
             |link: &Link| is_nic(link) && !link.is_loopback() && !indexes.contains(&link.index);
         let (unused, mut links): (Vec<_>, Vec<_>) = links.into_iter().partition(is_unused);
         if network.keep_unused {
-            lay_down(&mut socket, &unused)?;
+            self.lay_down(&mut socket, &unused)?;
             links.extend(unused);
         } else {
             let unused: Vec<u32> = unused.iter().map(|link| link.index).collect();
             self.parking.put(&mut socket, &unused)?;
         }
         self.switches.set(&wanted, &links, &indexes)?;
-        apply(&mut socket, &wanted, &links, &indexes)
+        let tables = wanted.resolve(&indexes);
+        apply(&mut socket, &wanted, &tables, &links, &indexes)?;
+        self.addresses = tables.addresses;
+        Ok(())
     }
-}
 
-/// Takes NICs down, without the addresses that they would keep.
-fn lay_down(socket: &mut Socket, nics: &[Link]) -> Result<(), NetlinkError> {
-    let up: Vec<&Link> = nics.iter().filter(|nic| nic.is_up()).collect();
-    if up.is_empty() {
-        return Ok(());
+    /// Takes NICs down, without the addresses that they would keep; all else goes with that.
+    fn lay_down(&self, socket: &mut Socket, nics: &[Link]) -> Result<(), NetlinkError> {
+        let mut requests = Vec::new();
+        for nic in nics.iter().filter(|nic| nic.is_up()) {
+            let addresses = self.addresses.iter().filter(|address| address.link == nic.index);
+            requests.extend(addresses.map(|a| Address::delete(a.link, a.prefix)));
+            requests.push(Link::down(nic.index));
+        }
+        socket.send(requests)
     }
-    let mut requests = Tables::read(socket, &up)?.delete();
-    requests.extend(up.iter().map(|nic| Link::down(nic.index)));
-    socket.send(requests)
 }
 
 /// Takes `lo` up, which gives it 127.0.0.1/8 and ::1.
@@ -345,17 +350,17 @@ fn find(links: &[Link], wanted: &Wanted) -> Result<Vec<u32>, Mac> {
 fn apply(
     socket: &mut Socket,
     wanted: &Wanted,
+    tables: &Tables,
     links: &[Link],
     indexes: &[u32],
 ) -> Result<(), NetworkError> {
     let ours: Vec<&Link> = links.iter().filter(|link| indexes.contains(&link.index)).collect();
-    let tables = wanted.resolve(indexes);
     let mut requests = link_requests(wanted, links, indexes);
     let mut present = Tables::default();
     // An interface that was never up, or was laid down, has nothing that could be in the way.
     if ours.iter().any(|link| link.is_up()) {
         socket.send(std::mem::take(&mut requests))?;
-        let stale = Tables::read(socket, &ours)?.without(&tables);
+        let stale = Tables::read(socket, &ours)?.without(tables);
         socket.send(stale.delete())?;
         // The kernel drops with an address what depends on it, so look again.
         present = Tables::read(socket, &ours)?;

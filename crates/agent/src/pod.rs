@@ -16,6 +16,7 @@ use kata_protocol::agent::Storage;
 use nix::sched::{CloneFlags, unshare};
 use rustix::mount::UnmountFlags;
 
+use crate::console;
 use crate::error::AgentError;
 use crate::fork::{self, Parent};
 use crate::storage;
@@ -120,7 +121,7 @@ pub fn pause_main() -> ! {
     let code = match pause() {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("pause: {error}");
+            console::say(&format!("pause: {error}\n"));
             1
         }
     };

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kata_channel::{Acceptor, CloseReason, PortError, SerialPort};
-use kata_protocol::{SERIAL_PORT, StreamKind, VSOCK_PORT};
+use kata_protocol::{SERIAL_DEVICE, SERIAL_PORT, StreamKind, VSOCK_PORT};
 use tokio::net::UnixStream;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
@@ -111,7 +112,8 @@ async fn session(agent: &Arc<Agent>, mut acceptor: Acceptor) -> CloseReason {
 /// The port's device may be there before its name, and both after us.
 async fn port() -> Result<SerialPort, PortError> {
     let mut last = None;
-    let found = uevent::wait_for(PORT_TIME, || match SerialPort::open(SERIAL_PORT) {
+    let open = || SerialPort::open(Path::new(SERIAL_DEVICE), SERIAL_PORT);
+    let found = uevent::wait_for(PORT_TIME, || match open() {
         Ok(port) => Some(port),
         Err(error) => {
             last = Some(error);

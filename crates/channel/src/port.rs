@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 use rustix::fs::{Mode, OFlags};
@@ -42,12 +42,21 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// Opens the port that the virtual machine gave this name.
+    /// Opens the port's device where it is known, and else the one that the virtual machine gave
+    /// this name.
     ///
     /// # Errors
     /// When there is none or it cannot be opened.
-    pub fn open(name: &str) -> Result<Self, PortError> {
-        let path = find(name)?;
+    pub fn open(known: &Path, name: &str) -> Result<Self, PortError> {
+        match Self::open_device(known.to_owned()) {
+            Err(PortError::Open(_, error)) if error.kind() == io::ErrorKind::NotFound => {
+                Self::open_device(find(name)?)
+            }
+            opened => opened,
+        }
+    }
+
+    fn open_device(path: PathBuf) -> Result<Self, PortError> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
         match rustix::fs::open(&path, flags, Mode::empty()) {
             Ok(fd) => Ok(Self { path, fd }),

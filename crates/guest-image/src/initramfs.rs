@@ -11,9 +11,6 @@ use crate::modules::Module;
 
 /// Where the agent finds the modules to load, in order, one path in a line.
 pub const MODULE_LIST: &str = "etc/kata/modules";
-/// Directories that the agent mounts on.
-const DIRECTORIES: [&str; 7] = ["dev", "proc", "root", "run", "sys", "tmp", "etc"];
-
 /// Why no initramfs was written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -51,12 +48,8 @@ pub fn write(agent: &Path, modules: &[Module], out: &Path) -> Result<u64, Initra
         return Err(InitramfsError::Agent(agent.to_owned()));
     }
     let mut archive = Archive::default();
-    for directory in DIRECTORIES {
-        archive.directory(Path::new(directory));
-    }
-    // The kernel opens the console for init before anything can be mounted.
-    archive.device("dev/console", 0o600, 5, 1);
-    archive.device("dev/null", 0o666, 1, 3);
+    // What the kernel opens for init, which opens the console itself if it has something to say.
+    archive.file(Path::new("dev/console"), 0o600, Vec::new());
     archive.file(Path::new("init"), 0o755, program);
     if !modules.is_empty() {
         let mut list = String::new();
@@ -137,11 +130,6 @@ impl Archive {
         self.entries.push((entry, content));
     }
 
-    fn device(&mut self, path: &str, mode: u32, major: u32, minor: u32) {
-        let entry = self.entry(Path::new(path), mode).rdev_major(major).rdev_minor(minor);
-        self.entries.push((entry.set_mode_file_type(ModeFileType::Char), Vec::new()));
-    }
-
     /// Root's, without a time, numbered in order: nothing of the machine that builds it.
     fn entry(&self, path: &Path, mode: u32) -> Builder {
         let number = u32::try_from(self.entries.len()).map_or(u32::MAX, |n| n.saturating_add(1));
@@ -211,7 +199,7 @@ mod tests {
         let entries = list(&bytes);
         let find = |name: &str| entries.iter().position(|e| e.0 == name).unwrap();
         assert_eq!(entries[find("init")].1, 0o100_755);
-        assert_eq!(entries[find("dev/console")].1, 0o020_600);
+        assert_eq!(entries[find("dev/console")].1, 0o100_600);
         assert_eq!(entries[find("etc/kata/modules")].2, b"/lib/modules/6.1/kernel/x.ko\n");
         assert_eq!(entries[find("lib/modules/6.1/kernel/x.ko")].2, b"module");
         for (index, (name, ..)) in entries.iter().enumerate() {

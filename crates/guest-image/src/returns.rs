@@ -7,9 +7,9 @@
 //! file. The kernel (guest/kernel/boot-hints.patch) puts the jumps back where thunks are
 //! wanted, and finds what was done here at the end of the list.
 
-/// `CONFIG_BUILD_SALT` of guest/kernel/guest.config and up.config, which Linux keeps in a note: by
-/// this a kernel is known that puts jumps back.
-const OUR_SALTS: [&[u8]; 2] = [b"kata-boot-hints-2\0", b"kata-boot-hints-2-up\0"];
+/// `CONFIG_BUILD_SALT` of guest/kernel/guest.config, which Linux keeps in a note: by this a kernel is
+/// known that puts jumps back.
+const OUR_SALT: &[u8] = b"kata-boot-hints-3\0";
 /// `jmp rel32`, and its length.
 const JUMP: u8 = 0xe9;
 const JUMP_LENGTH: usize = 5;
@@ -47,8 +47,7 @@ pub fn make_plain(vmlinux: &mut [u8]) -> Result<usize, ReturnsError> {
     let sections = sections(vmlinux).ok_or(ReturnsError::NoElf)?;
     let named = |name: &[u8]| sections.iter().find(|section| has_name(vmlinux, section, name));
     let notes = named(b".notes\0").map_or(&[][..], |notes| &vmlinux[notes.offset..][..notes.size]);
-    let salted = |salt: &[u8]| notes.windows(salt.len()).any(|bytes| bytes == salt);
-    if !OUR_SALTS.iter().any(|salt| salted(salt)) {
+    if !notes.windows(OUR_SALT.len()).any(|bytes| bytes == OUR_SALT) {
         return Err(ReturnsError::OtherKernel);
     }
     let list = *named(b".return_sites\0").ok_or(ReturnsError::NoList)?;
@@ -203,7 +202,7 @@ mod tests {
             header[32..40].copy_from_slice(&size.to_le_bytes());
         }
         file[0x200..][..NAMES.len()].copy_from_slice(NAMES);
-        file[0x340..][..OUR_SALTS[0].len()].copy_from_slice(OUR_SALTS[0]);
+        file[0x340..][..OUR_SALT.len()].copy_from_slice(OUR_SALT);
         for (entry, (site, to, next)) in returns.iter().enumerate() {
             let code = &mut file[OFFSETS[0] + (site - CODE) as usize..][..16];
             code[0] = JUMP;
@@ -263,15 +262,10 @@ mod tests {
     }
 
     #[test]
-    fn kernels_are_known_by_what_their_configurations_say() {
-        let configs = [
-            include_str!("../../../guest/kernel/guest.config"),
-            include_str!("../../../guest/kernel/up.config"),
-        ];
-        for (config, salt) in configs.into_iter().zip(OUR_SALTS) {
-            let salt = std::str::from_utf8(salt).unwrap().trim_end_matches('\0');
-            assert!(config.contains(&format!("\nCONFIG_BUILD_SALT=\"{salt}\"\n")), "{salt}");
-        }
+    fn the_kernel_is_known_by_what_its_configuration_says() {
+        let config = include_str!("../../../guest/kernel/guest.config");
+        let salt = std::str::from_utf8(OUR_SALT).unwrap().trim_end_matches('\0');
+        assert!(config.contains(&format!("\nCONFIG_BUILD_SALT=\"{salt}\"\n")), "{salt}");
     }
 
     proptest! {

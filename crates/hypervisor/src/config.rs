@@ -67,8 +67,8 @@ pub enum KernelKind {
     /// Built from our configuration, with the boot-hints patch, 100 ticks a second.
     #[default]
     Tuned,
-    /// The same for machines that have one processor, and never another: it has nothing to
-    /// keep several apart.
+    /// The same for emulated machines that have one processor, and never another: it has nothing to
+    /// keep several apart, and nothing against what real ones do wrong.
     Uniprocessor,
     /// A distribution's.
     Distro,

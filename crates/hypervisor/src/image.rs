@@ -13,8 +13,8 @@ use crate::error::HypervisorError;
 
 /// `CONFIG_BUILD_SALT` of guest/kernel/guest.config and up.config, which Linux keeps in a note.
 const OUR_SALTS: [(&[u8], KernelKind); 2] = [
-    (b"kata-boot-hints-2", KernelKind::Tuned),
-    (b"kata-boot-hints-2-up", KernelKind::Uniprocessor),
+    (b"kata-boot-hints-3", KernelKind::Tuned),
+    (b"kata-boot-hints-3-up", KernelKind::Uniprocessor),
 ];
 /// Where a bzImage has its magic numbers (Documentation/arch/x86/boot.rst).
 const BOOT_FLAG: (usize, [u8; 2]) = (0x1fe, [0x55, 0xaa]);

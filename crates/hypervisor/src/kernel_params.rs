@@ -30,9 +30,17 @@ const TCG_OLD_QEMU: &[&str] = &["clearcpuid=cx16"];
 /// Of our boot-hints patch, as those below. Another kernel would hand them to init as unknown.
 const TUNED: &[&str] = &["lazy_memmap"];
 
-/// Of them, what is for TCG alone.
-const TCG_TUNED: &[&str] =
-    &["lapic_khz=1000000", "keep_initmem", "quick_patching", "drop_boot_messages", "no_slab_sysfs"];
+/// What is for TCG alone, most of it of the patch.
+const TCG_TUNED: &[&str] = &[
+    "lapic_khz=1000000",
+    "keep_initmem",
+    "quick_patching",
+    "drop_boot_messages",
+    "no_slab_sysfs",
+    "initrd_alone",
+    // There is no serial port.
+    "8250.nr_uarts=0",
+];
 
 /// To move the kernel is the work of a bzImage's loader; ours has none, and does not move.
 const TCG_DISTRO: &[&str] = &["nokaslr"];

@@ -23,6 +23,9 @@ pub const VERSION: u32 = 5;
 /// Name of the virtio-serial port that carries the channel.
 pub const SERIAL_PORT: &str = "kata.agent.0";
 
+/// The port's device, in machines that have one virtio-serial device with it behind the console.
+pub const SERIAL_DEVICE: &str = "/dev/vport0p1";
+
 /// vsock port on which the agent listens.
 pub const VSOCK_PORT: u32 = 1024;
 

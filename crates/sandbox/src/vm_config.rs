@@ -95,14 +95,16 @@ fn kernel(
     accelerator: kata_hypervisor::Accelerator,
     vcpus: u32,
 ) -> Result<(&Path, KernelKind), SandboxError> {
-    // Where the guest is emulated, no processor can be added to it.
+    // Where the guest is emulated, no processor can be added to it, and none speculates.
     let uniprocessor = accelerator == kata_hypervisor::Accelerator::Tcg && vcpus == 1;
     let kernel = config.hypervisor.kernel_of(uniprocessor);
     let kind = KernelKind::of(kernel)?;
-    if kind == KernelKind::Uniprocessor && vcpus > 1 {
-        return Err(SandboxError::Unsupported(
-            "a machine of several CPUs with a kernel for one (kernel = \"…/vmlinux-up\": leave it out)",
-        ));
+    if kind == KernelKind::Uniprocessor && !uniprocessor {
+        return Err(SandboxError::Unsupported(if vcpus > 1 {
+            "a machine of several CPUs with a kernel for one (kernel = \"…/vmlinux-up\": leave it out)"
+        } else {
+            "KVM with a kernel for emulated machines, which defends itself against no processor (kernel = \"…/vmlinux-up\": leave it out)"
+        }));
     }
     Ok((kernel, kind))
 }

@@ -19,6 +19,7 @@ pub fn trials() -> Vec<Trial<Oci>> {
             kernel_that_is_none_is_an_error, wrong_configuration_names_file_and_line,
             guest_without_an_init_shows_its_console, agent_that_does_not_answer_is_an_error,
             kernel_for_one_is_refused_to_several_cpus,
+            kernel_for_emulated_machines_is_refused_under_kvm,
             killed_hypervisor_ends_the_container_at_once, killed_devices_process_ends_the_container,
             killed_server_ends_the_container_and_leaves_nothing,
             killed_stand_in_leaves_nothing_after_delete, panic_of_the_guest_shows_its_console,
@@ -70,6 +71,12 @@ fn kernel_that_is_none_is_an_error(oci: &Oci) -> Result<()> {
 fn kernel_for_one_is_refused_to_several_cpus(oci: &Oci) -> Result<()> {
     let config = format!("[hypervisor.qemu]\nkernel = \"{}\"\ndefault_vcpus = 2\n", assets::KERNEL);
     is_refused_naming(oci, &config, &["vmlinux-up", "several CPUs", "leave it out"])
+}
+
+fn kernel_for_emulated_machines_is_refused_under_kvm(oci: &Oci) -> Result<()> {
+    let kernel = assets::KERNEL;
+    let config = format!("[hypervisor.qemu]\nkernel = \"{kernel}\"\naccelerator = \"kvm\"\n");
+    is_refused_naming(oci, &config, &["vmlinux-up", "KVM", "leave it out"])
 }
 
 fn wrong_configuration_names_file_and_line(oci: &Oci) -> Result<()> {

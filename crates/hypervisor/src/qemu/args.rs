@@ -206,8 +206,8 @@ impl CommandLine {
         self.option("-device", "virtconsole,chardev=console");
         if let Some(agent) = agent {
             self.numbers.agent = Some(self.socket("agent", agent));
-            let port = format!("virtserialport,id={AGENT_PORT},chardev=agent,name={SERIAL_PORT}");
-            self.option("-device", port);
+            let port = format!("id={AGENT_PORT},chardev=agent,nr=1,name={SERIAL_PORT}");
+            self.option("-device", format!("virtserialport,{port}"));
         }
         if let ChannelKind::Vsock(vsock) = std::mem::take(&mut config.channel) {
             let cid = vsock.cid();

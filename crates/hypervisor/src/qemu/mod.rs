@@ -58,6 +58,11 @@ const KILL: Duration = Duration::from_secs(10);
 /// How long after QEMU closed its control socket it must have ended, for that to be the cause.
 const CAUSE: Duration = Duration::from_millis(500);
 
+/// How the C library of a monitor that translates code allocates: all threads from one heap. What
+/// is free in a heap of the translating thread's own lies spread over it, and a fork that takes it
+/// into use copies page after page: a MiB or none, by chance.
+const ONE_HEAP: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1");
+
 /// A machine run by QEMU.
 #[derive(Debug)]
 pub struct Qemu {
@@ -271,6 +276,10 @@ impl Qemu {
         let line = CommandLine::new(&mut config, paths, inherited, major);
 
         let mut launch = Launch::program(&paths.qemu, line.args).stderr(stderr).die_with_parent();
+        if self.accelerator == Accelerator::Tcg {
+            let (key, value) = ONE_HEAP;
+            launch = launch.env(key, value);
+        }
         for (fd, at) in line.fds {
             launch = launch.fd(fd, at);
         }
