@@ -20,7 +20,11 @@ const NAME: &str = "nic%d";
 /// Where unused NICs are. The namespace is made when the first one is put into it, because
 /// most guests use all that they have; in a template ahead ([`Parking::prepare`]).
 #[derive(Debug, Default)]
-pub struct Parking(Option<Place>);
+pub struct Parking {
+    place: Option<Place>,
+    /// There may be NICs in it.
+    used: bool,
+}
 
 #[derive(Debug)]
 struct Place {
@@ -39,6 +43,7 @@ impl Parking {
         if nics.is_empty() {
             return Ok(());
         }
+        self.used = true;
         let place = self.place()?;
         let moves = nics.iter().map(|nic| Link::move_to(*nic, place.netns.as_fd(), NAME));
         Ok(home.send(moves.collect())?)
@@ -53,7 +58,7 @@ impl Parking {
     }
 
     fn place(&mut self) -> Result<&mut Place, NetworkError> {
-        match &mut self.0 {
+        match &mut self.place {
             Some(place) => Ok(place),
             none => Ok(none.insert(Place::make()?)),
         }
@@ -64,7 +69,10 @@ impl Parking {
     /// # Errors
     /// When they cannot be listed or moved.
     pub(super) fn fetch(&mut self, wanted: impl Fn(&Link) -> bool) -> Result<(), NetworkError> {
-        let Some(Place { socket, home, .. }) = &mut self.0 else { return Ok(()) };
+        if !self.used {
+            return Ok(());
+        }
+        let Some(Place { socket, home, .. }) = &mut self.place else { return Ok(()) };
         let parked = Link::all(socket)?;
         let moves = parked
             .iter()
