@@ -22,7 +22,7 @@ pub fn trials() -> Vec<Trial<Docker>> {
             container_may_serve_dns_on_all_addresses;
         Kata: host_network_is_refused_with_a_reason,
             network_of_another_container_is_refused_with_a_reason,
-            too_many_networks_are_refused_with_a_reason;
+            too_many_networks_are_refused_with_a_reason, ipv6_is_on_where_it_is_with_runc;
     ]
 }
 
@@ -104,6 +104,20 @@ fn ipv6_network_works(docker: &Docker) -> Result<()> {
     );
     let seen = docker.sh(&options, &script)?;
     ensure!(seen == "1\nhello from the image", "{seen}");
+    Ok(())
+}
+
+fn ipv6_is_on_where_it_is_with_runc(docker: &Docker) -> Result<()> {
+    let with = docker.network("--ipv6 --subnet fd00:6b61:7462::/64")?;
+    let script = "cd /proc/sys/net/ipv6/conf; for name in all lo eth0; do \
+                  [ ! -e $name ] || echo $name $(cat $name/disable_ipv6); done; \
+                  ip -6 addr show lo | grep -c '::1/128'; ip -6 addr show up | grep -c 'inet6 fd00'; true";
+    for network in ["bridge", "none", &with.name] {
+        let [ours, runc] = ["", "--runtime runc"]
+            .map(|runtime| docker.sh(&format!("--network {network} {runtime}"), script));
+        let (ours, runc) = (ours?, runc?);
+        ensure!(ours == runc, "{network}: {ours:?}, with runc {runc:?}");
+    }
     Ok(())
 }
 
