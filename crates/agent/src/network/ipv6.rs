@@ -53,7 +53,8 @@ impl Switches {
 fn switch(what: Ipv6<'_>, off: bool) -> Result<(), NetworkError> {
     match what.switch(off) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(NetworkError::Ipv6(format!("{what:?}"), error))
+            let name = if let Ipv6::On(name) = what { name } else { "all interfaces" };
+            Err(NetworkError::Ipv6(name.to_owned(), error))
         }
         _ => Ok(()),
     }
