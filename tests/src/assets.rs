@@ -16,7 +16,9 @@ pub const CTL: &str = "/usr/bin/kata-ctl";
 /// The configuration a user edits.
 pub const CONFIG: &str = "/etc/kata-containers/configuration.toml";
 
-/// The tuned guest kernel of emulated machines with one processor, as most are.
+/// The tuned guest kernel.
+pub const ANY_KERNEL: &str = "/usr/share/kata-containers/vmlinux";
+/// The one of emulated machines with one processor, as most are.
 pub const KERNEL: &str = "/usr/share/kata-containers/vmlinux-up";
 /// Its initial file system, with the agent, as installed.
 pub const INITRAMFS: &str = "/usr/share/kata-containers/kata-initramfs.cpio";

@@ -23,14 +23,16 @@ pub const IMAGE: &str = "busybox";
 pub const SHIM: &str = "kata-shim";
 
 /// Further runtimes of the daemon: ours, with these configurations.
-const CHOICES: [(&str, &str); 8] = [
+const CHOICES: [(&str, &str); 9] = [
     ("kata-9p", "[hypervisor.qemu]\nshared_fs = \"virtio-9p\"\nmsize_9p = 262144\n"),
     ("kata-macvtap", "[runtime]\ninternetworking_model = \"macvtap\"\n"),
     ("kata-no-network", "[runtime]\ninternetworking_model = \"none\"\n"),
     (
         "kata-thunks",
-        "[hypervisor.qemu]\nkernel_params = \"mitigations=auto retbleed=force,unret\"\n",
+        "[hypervisor.qemu]\nkernel = \"/usr/share/kata-containers/vmlinux\"\n\
+         kernel_params = \"mitigations=auto retbleed=force,unret\"\n",
     ),
+    ("kata-vmlinux", "[hypervisor.qemu]\nkernel = \"/usr/share/kata-containers/vmlinux\"\n"),
     ("kata-pool", "[factory]\nvm_cache_number = 2\n"),
     ("kata-template", "[factory]\nenable_template = true\n"),
     (
