@@ -184,20 +184,19 @@ fn load_module(path: &str) -> io::Result<()> {
 /// Ends the guest with one line on its console, which the host shows.
 pub fn fail(text: &str) -> ! {
     console::say(&format!("kata-agent: fatal: {}\n", text.escape_debug()));
-    power_off()
+    end_machine()
 }
 
-/// Ends the guest.
-pub fn power_off() -> ! {
+/// Ends the machine: no monitor of ours lets one start again. Where there is no ACPI it cannot be
+/// powered off, and Linux would stand still instead, which nobody notices.
+fn end_machine() -> ! {
     rustix::fs::sync();
-    let _ = reboot(RebootCommand::PowerOff);
-    // Without a way to power off, a reboot ends the machine as well.
     let _ = reboot(RebootCommand::Restart);
     std::process::exit(1)
 }
 
 /// PID 1 must not end: the kernel would panic over it and hide the cause.
-pub fn power_off_on_panic() {
+pub fn end_on_panic() {
     std::panic::set_hook(Box::new(|panic| fail(&panic.to_string())));
 }
 

@@ -65,7 +65,7 @@ fn start() -> c_int {
 }
 
 fn guest(started: i64) -> ! {
-    boot::power_off_on_panic();
+    boot::end_on_panic();
     let Settings { vsock, debug } = boot::boot().unwrap_or_else(|error| {
         // Where this fails nobody can be told.
         let _ = console::open_early();

@@ -17,7 +17,7 @@ pub fn trials() -> Vec<Trial<Oci>> {
     trials!["machine":
         Kata: missing_hypervisor_is_named, missing_kernel_is_named, missing_initrd_is_named,
             kernel_that_is_none_is_an_error, wrong_configuration_names_file_and_line,
-            guest_without_an_init_shows_its_console, agent_that_does_not_answer_is_an_error,
+            agent_that_cannot_boot_says_why, guest_without_an_init_shows_its_console, agent_that_does_not_answer_is_an_error,
             kernel_for_one_is_refused_to_several_cpus,
             kernel_for_emulated_machines_is_refused_under_kvm,
             killed_hypervisor_ends_the_container_at_once, killed_devices_process_ends_the_container,
@@ -113,6 +113,26 @@ fn guest_without_an_init_shows_its_console(oci: &Oci) -> Result<()> {
     let config = initrd(oci, "no-init", None)?;
     let began = Instant::now();
     is_refused_naming(oci, &config, &["Kernel panic"])?;
+    ensure!(began.elapsed() < Duration::from_secs(30), "only after {:?}", began.elapsed());
+    Ok(())
+}
+
+/// The agent opens the console only to say it.
+fn agent_that_cannot_boot_says_why(oci: &Oci) -> Result<()> {
+    let root = oci.arena.dir("no-module")?;
+    fs::create_dir_all(root.join("etc/kata"))?;
+    fs::write(root.join("etc/kata/modules"), "/none.ko\n")?;
+    let file = oci.arena.work.join("no-module.cpio");
+    let line = format!(
+        "cd {} && (cat {}; find etc | busybox cpio -o -H newc) > {}",
+        root.display(),
+        assets::INITRAMFS,
+        file.display()
+    );
+    command::ok(Command::new("sh").args(["-c", &line]))?;
+    let config = format!("[hypervisor.qemu]\ninitrd = \"{}\"\n", file.display());
+    let began = Instant::now();
+    is_refused_naming(oci, &config, &["kata-agent: fatal: cannot load kernel module /none.ko"])?;
     ensure!(began.elapsed() < Duration::from_secs(30), "only after {:?}", began.elapsed());
     Ok(())
 }

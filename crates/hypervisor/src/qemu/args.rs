@@ -206,6 +206,7 @@ impl CommandLine {
         self.option("-device", "virtconsole,chardev=console");
         if let Some(agent) = agent {
             self.numbers.agent = Some(self.socket("agent", agent));
+            // Behind the console: the agent knows the device (`kata_protocol::SERIAL_DEVICE`).
             let port = format!("id={AGENT_PORT},chardev=agent,nr=1,name={SERIAL_PORT}");
             self.option("-device", format!("virtserialport,{port}"));
         }
