@@ -56,15 +56,16 @@ impl Netns {
         Self::open(Path::new(&format!("/proc/{pid}/ns/net")))
     }
 
-    /// Switches IPv6 off in it, as Docker does where a network has none.
+    /// Switches IPv6 on in it, or off, as Docker does where a network has none. Says whether it is
+    /// on, which it is never where the kernel has none.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn switch_ipv6_off(&self) -> Result<(), NetworkError> {
-        match self.run(|| Ipv6::All.switch(true))? {
-            // There is none anyway.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(|e| NetworkError::System("switch IPv6 off", e)),
+    pub fn switch_ipv6(&self, on: bool) -> Result<bool, NetworkError> {
+        match self.run(|| Ipv6::All.switch(!on))? {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(NetworkError::System("switch IPv6 on or off", error)),
+            Ok(()) => Ok(on),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use kata_netlink::{Address, Link, LinkKind, Prefix, Route, Socket};
@@ -92,32 +92,37 @@ impl Tap {
         opened
     }
 
-    /// A tap that looks like an engine's interface: up, with this address, and the way to all
-    /// others through `gateway`. It is gone with its descriptor.
+    /// A tap that looks like an engine's interface: up, with addresses, and for each the way to
+    /// all others of its kind through a gateway. It is gone with its descriptor.
     ///
     /// # Errors
-    /// Those of [`Tap::create`], or the kernel refuses address or route.
+    /// Those of [`Tap::create`], or the kernel refuses addresses or routes.
     pub fn as_interface(
         netns: &Netns,
         name: &str,
-        address: Prefix,
-        gateway: IpAddr,
+        addresses: &[(Prefix, IpAddr)],
     ) -> Result<Self, NetworkError> {
         let tap = Self::create(netns, name)?;
-        let all = Prefix { address: Ipv4Addr::UNSPECIFIED.into(), length: 0 };
-        let route = Route {
-            destination: all,
-            gateway: Some(gateway),
-            link: tap.index,
-            source: None,
-            scope: libc::RT_SCOPE_UNIVERSE,
-            metric: 0,
-            protocol: libc::RTPROT_STATIC,
-            onlink: true,
-            mtu: 0,
-            several: false,
-        };
-        let requests = vec![Link::up(tap.index), Address::add(tap.index, address), route.add()];
+        let mut requests = vec![Link::up(tap.index)];
+        for (address, gateway) in addresses {
+            let anybody: IpAddr = match gateway {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let route = Route {
+                destination: Prefix { address: anybody, length: 0 },
+                gateway: Some(*gateway),
+                link: tap.index,
+                source: None,
+                scope: libc::RT_SCOPE_UNIVERSE,
+                metric: 0,
+                protocol: libc::RTPROT_STATIC,
+                onlink: true,
+                mtu: 0,
+                several: false,
+            };
+            requests.extend([Address::add(tap.index, *address), route.add()]);
+        }
         netns.socket()?.send(requests).map_err(|e| netns.netlink(e))?;
         Ok(tap)
     }

@@ -58,10 +58,14 @@ const KILL: Duration = Duration::from_secs(10);
 /// How long after QEMU closed its control socket it must have ended, for that to be the cause.
 const CAUSE: Duration = Duration::from_millis(500);
 
-/// How the C library of a monitor that translates code allocates: all threads from one heap. What
-/// is free in a heap of the translating thread's own lies spread over it, and a fork that takes it
-/// into use copies page after page: a MiB or none, by chance.
-const ONE_HEAP: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1");
+/// How the C library of a monitor that translates code allocates, so that a fork copies few pages
+/// of it. All threads from one heap: what is free in a heap of the translating thread's own lies
+/// spread over it, and a fork takes that into use. And what is freed is free at once, by no cache
+/// or list of small chunks: when those are merged, one after the other, each page is written to.
+const COMPACT_HEAP: (&str, &str) = (
+    "GLIBC_TUNABLES",
+    "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+);
 
 /// A machine run by QEMU.
 #[derive(Debug)]
@@ -277,7 +281,7 @@ impl Qemu {
 
         let mut launch = Launch::program(&paths.qemu, line.args).stderr(stderr).die_with_parent();
         if self.accelerator == Accelerator::Tcg {
-            let (key, value) = ONE_HEAP;
+            let (key, value) = COMPACT_HEAP;
             launch = launch.env(key, value);
         }
         for (fd, at) in line.fds {

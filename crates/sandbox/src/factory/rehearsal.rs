@@ -20,7 +20,7 @@ use std::cell::Cell;
 use std::fs;
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{OpenOptionsExt as _, symlink};
 use std::path::Path;
 use std::time::Duration;
@@ -33,9 +33,10 @@ const SPEC: &[u8] = include_bytes!("rehearsal.json");
 const PROGRAM: &str = "/rehearsal";
 /// By which name it is called.
 const NAME: &str = "program";
-/// How often it is run. The second time finds its way from each piece of translated code to the
-/// next, which is written into the code: a fork that does it by itself copies the page.
-const TIMES: usize = 2;
+/// How often it is run, and whether with IPv6: Podman's networks and pods have it on, Docker's off,
+/// which the guest is left with. The second time also finds its way from each piece of translated
+/// code to the next, which is written into the code: a fork that does it by itself copies the page.
+const WITH_IPV6: [bool; 2] = [true, false];
 /// How long the guest may take. It takes a second where it is emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -64,8 +65,8 @@ impl Rehearsal<'_> {
     pub(super) async fn run(mut self, dir: &Path) -> Result<(), SandboxError> {
         let step = Cell::new("begin");
         let all = async {
-            for _ in 0..TIMES {
-                self.perform(dir, &step).await?;
+            for ipv6 in WITH_IPV6 {
+                self.perform(dir, ipv6, &step).await?;
             }
             Ok(())
         };
@@ -78,7 +79,12 @@ impl Rehearsal<'_> {
         }
     }
 
-    async fn perform(&mut self, dir: &Path, step: &Cell<&'static str>) -> Result<(), SandboxError> {
+    async fn perform(
+        &mut self,
+        dir: &Path,
+        ipv6: bool,
+        step: &Cell<&'static str>,
+    ) -> Result<(), SandboxError> {
         let path = dir.join("rehearsal");
         write_bundle(&path).map_err(SandboxError::io("write the bundle of a rehearsal"))?;
         let id: Id = "rehearsal".parse()?;
@@ -97,7 +103,7 @@ impl Rehearsal<'_> {
         for attachment in &bundle.plan.attachments {
             self.share.attach(self.hypervisor, attachment).await?;
         }
-        let link = interface(&self.network.netns())?;
+        let link = interface(&self.network.netns(), ipv6)?;
         let network = self.network.sync(None)?;
         let (message, streams) =
             (request.stdio.message(), std::mem::take(&mut request.stdio.streams));
@@ -106,14 +112,12 @@ impl Rehearsal<'_> {
         let new = NewContainer { bundle: &bundle, spec, stdio: message, network };
         step.set("create the container");
         self.agent.create(new, PATIENCE).await?;
+        step.set("run an exec in it");
+        self.exec(&id, spec).await?;
         step.set("start it");
         self.agent.start(&id, None).await?;
         step.set("hear of its end");
-        let ended = self.agent.wait(&process).await?;
-        if ended.code != 0 {
-            // Forks are only slower without the rest of it.
-            tracing::warn!(code = ended.code, "a rehearsal's program could not make all its calls");
-        }
+        self.hear_of_end(&process).await?;
         step.set("delete it");
         self.agent.delete(&process).await?;
         step.set("write back");
@@ -127,15 +131,43 @@ impl Rehearsal<'_> {
         }
         fs::remove_dir_all(&path).map_err(SandboxError::io("remove the bundle of a rehearsal"))
     }
+
+    /// Runs the program once more, by an exec. The agent needs no running one for it, and the
+    /// container's own ends too soon.
+    async fn exec(&self, container: &Id, spec: &Spec) -> Result<(), SandboxError> {
+        let Some(program) = &spec.process else { return Ok(()) };
+        let exec: Id = "exec".parse()?;
+        let mut stdio = stdio().map_err(SandboxError::io("make the streams of a rehearsal"))?;
+        let (message, streams) = (stdio.message(), std::mem::take(&mut stdio.streams));
+        let channel = self.agent.channel();
+        let relay = Relay::start(channel, container, Some(&exec), streams).await?;
+        let process = ProcessRef { container: container.clone(), exec: Some(exec) };
+        self.agent.exec(&process, program, message).await?;
+        self.hear_of_end(&process).await?;
+        relay.end_input();
+        self.agent.delete(&process).await
+    }
+
+    async fn hear_of_end(&self, process: &ProcessRef) -> Result<(), SandboxError> {
+        let ended = self.agent.wait(process).await?;
+        if ended.code != 0 {
+            // Forks are only slower without the rest of it.
+            tracing::warn!(code = ended.code, "a rehearsal's program could not make all its calls");
+        }
+        Ok(())
+    }
 }
 
-/// An interface such as Docker makes, in a network without IPv6; the guest has it as long as this
-/// lives. Nobody else sees the addresses. Where IPv6 is on, guests pay for that alone.
-fn interface(netns: &Netns) -> Result<Tap, SandboxError> {
-    netns.switch_ipv6_off()?;
-    let [address, gateway] = [Ipv4Addr::new(192, 0, 2, 2), Ipv4Addr::new(192, 0, 2, 1)];
-    let address = Prefix { address: address.into(), length: 24 };
-    Ok(Tap::as_interface(netns, "eth0", address, gateway.into())?)
+/// An interface such as engines make; the guest has it as long as this lives. Nobody else sees the
+/// addresses, which are those for examples (RFC 5737, RFC 3849).
+fn interface(netns: &Netns, ipv6: bool) -> Result<Tap, SandboxError> {
+    let v4 = [2, 1].map(|last| Ipv4Addr::new(192, 0, 2, last));
+    let v6 = [2, 1].map(|last| Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last));
+    let mut addresses = vec![(Prefix { address: v4[0].into(), length: 24 }, v4[1].into())];
+    if netns.switch_ipv6(ipv6)? {
+        addresses.push((Prefix { address: v6[0].into(), length: 64 }, v6[1].into()));
+    }
+    Ok(Tap::as_interface(netns, "eth0", &addresses)?)
 }
 
 fn write_bundle(path: &Path) -> io::Result<()> {
