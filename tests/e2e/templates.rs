@@ -268,6 +268,7 @@ fn trace_names_every_stage_of_a_start(templates: &Templates) -> Result<()> {
         "monitor forked",
         "share plugged",
         "agent ready",
+        "share mounted",
         "container created",
         "container started",
     ];

@@ -20,7 +20,8 @@ pub fn trials() -> Vec<Trial<Docker>> {
     trials!["kernel":
         Kata: returns_are_jumps_to_thunks_where_those_are_wanted,
             code_is_translated_once,
-            one_emulated_processor_has_a_kernel_of_its_own;
+            one_emulated_processor_has_a_kernel_of_its_own,
+            file_systems_that_few_mount_come_when_they_are_asked_for;
     ]
 }
 
@@ -115,6 +116,24 @@ fn one_emulated_processor_has_a_kernel_of_its_own(docker: &Docker) -> Result<()>
     let free = one.exec("awk '/^MemFree/ { print $2 }' /proc/meminfo")?.parse::<u64>()?;
     let managed = one.exec("awk '/managed/ { all += $2 } END { print all * 4 }' /proc/zoneinfo")?;
     ensure!(managed.parse::<u64>()? < free / 2, "{managed} of {free} KiB have descriptors");
+    Ok(())
+}
+
+/// Whoever mounts one of them finds it, as where it is in a module.
+fn file_systems_that_few_mount_come_when_they_are_asked_for(docker: &Docker) -> Result<()> {
+    docker.needs_privileged()?;
+    let guest = docker.sleeper("--privileged")?;
+    let known = |name: &str| guest.exec(&format!("grep -cw {name} /proc/filesystems || true"));
+    let mount = |what: &str| guest.exec(&format!("mkdir -p /m; mount {what} /m 2>&1 || true"));
+    ensure!(known("nfs4")? == "0" && known("xfs")? == "0", "they are there before");
+    // Nobody serves it, but it is known what was to be mounted.
+    let refused = mount("-t nfs4 -o addr=127.0.0.1,clientaddr=127.0.0.1 127.0.0.1:/")?;
+    ensure!(refused.contains("Connection refused"), "{refused}");
+    let no_disk = mount("-t xfs /dev/null")?;
+    ensure!(no_disk.contains("Block device required"), "{no_disk}");
+    for name in ["nfs", "nfs4", "rpc_pipefs", "xfs"] {
+        ensure!(known(name)? == "1", "{name} is not there");
+    }
     Ok(())
 }
 
