@@ -11,16 +11,18 @@ use crate::report::Report;
 use crate::{THEIRS, burst, in_turn, memory, stages, timed};
 
 /// How clones share their files, the runtime of the harness that does so, and how long one may
-/// take from the start of its monitor to the agent's answer, ms.
-const WAYS: [(&str, &str, f64); 2] =
-    [("virtio-fs", "kata-template", 180.0), ("9p", "kata-template-9p", 110.0)];
+/// take from the start of its monitor until that stage, ms.
+const WAYS: [(&str, &str, &str, f64); 2] = [
+    ("virtio-fs", "kata-template", stages::MOUNTED, 180.0),
+    ("9p", "kata-template-9p", stages::READY, 110.0),
+];
 
 /// What an idle one may take, all processes together, MiB.
 const IDLE: f64 = 40.0;
 
 /// Templates are made beforehand, and forgotten afterwards.
 pub fn measure(docker: &Docker, runs: usize, short: bool, report: &mut Report) -> Result<()> {
-    for (share, runtime, bound) in WAYS {
+    for (share, runtime, end, bound) in WAYS {
         eprintln!("bench: clones that share by {share}, {runs} runs");
         let config = docker.arena.work.join(format!("{runtime}.toml"));
         command::ok(Command::new(CTL).arg("--config").arg(&config).args(["factory", "init"]))?;
@@ -30,9 +32,9 @@ pub fn measure(docker: &Docker, runs: usize, short: bool, report: &mut Report) -
         })?;
         let what = format!("docker run --rm busybox true, cloned ({share})");
         report.compare(&what, &ours, &theirs, (share == "virtio-fs").then_some(1.6));
-        let what = format!("VM exec to agent ready, cloned ({share})");
+        let what = format!("VM exec to {end}, cloned ({share})");
         let options = format!("--runtime {runtime}");
-        stages::measure(docker, &options, (&what, bound), runs, report, || Ok(()))?;
+        stages::measure(docker, &options, (&what, end, bound), runs, report, || Ok(()))?;
         memory::measure(docker, &options, &format!("clone ({share})"), report)?;
         if !short {
             let (what, numbers) = (format!("clone ({share})"), memory::NUMBERS);
@@ -64,7 +66,7 @@ pub fn measure_spares(docker: &Docker, runs: usize, report: &mut Report) -> Resu
         timed(docker, &line(if which == THEIRS { THEIRS } else { SPARES }))
     })?;
     report.compare("docker run --rm busybox true, from a spare", &ours, &theirs, Some(1.6));
-    let what = ("spare taken to agent ready", 15.0);
+    let what = ("spare taken to agent ready", stages::READY, 15.0);
     stages::measure(docker, &format!("--runtime {SPARES}"), what, runs, report, filled)?;
     command::ok(Command::new(CTL).args(["factory", "destroy"])).map(drop)
 }

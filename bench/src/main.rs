@@ -70,7 +70,7 @@ fn measure(arena: &Arena) -> Result<()> {
         let docker = Docker::start(arena, OURS, &probe)?;
         docker_run(&docker, runs, &mut report)?;
         let what = "VM exec to agent ready, cold";
-        stages::measure(&docker, "", (what, 750.0), runs, &mut report, || Ok(()))?;
+        stages::measure(&docker, "", (what, stages::READY, 750.0), runs, &mut report, || Ok(()))?;
         docker_exec(&docker, runs, &mut report)?;
         memory::measure(&docker, "", "container", &mut report)?;
         clones::measure(&docker, runs, short, &mut report)?;

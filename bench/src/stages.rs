@@ -1,4 +1,4 @@
-//! From nothing to a ready agent, step by step, as the sandbox server wrote it down.
+//! From nothing to a started container, step by step, as the sandbox server wrote it down.
 
 use std::collections::HashMap;
 use std::fs;
@@ -18,14 +18,17 @@ struct Mark {
 
 /// The last thing that is done before the VM's process is started.
 const BEFORE_EXEC: &str = "share started";
-const READY: &str = "agent ready";
+/// The agent has answered.
+pub const READY: &str = "agent ready";
+/// It has mounted the share.
+pub const MOUNTED: &str = "share mounted";
 
 /// Starts containers with these options one after the other, each after `before`, and reads
-/// their stages. `bound` is in ms.
+/// their stages: how long it takes from VM exec until `end`, at most `bound` ms, is `what`.
 pub fn measure(
     docker: &Docker,
     options: &str,
-    (what, bound): (&str, f64),
+    (what, end, bound): (&str, &str, f64),
     runs: usize,
     report: &mut Report,
     before: impl Fn() -> Result<()>,
@@ -33,7 +36,7 @@ pub fn measure(
     eprintln!("bench: stages of {runs} starts");
     let mut order = Vec::new();
     let mut steps: HashMap<String, Vec<f64>> = HashMap::new();
-    let mut to_ready = Vec::new();
+    let mut to_end = Vec::new();
     for _ in 0..runs {
         before()?;
         let container = docker.sleeper(options)?;
@@ -43,7 +46,7 @@ pub fn measure(
         let marks: Vec<Mark> = serde_json::from_slice(&text)?;
         let at = |stage: &str| marks.iter().find(|mark| mark.stage == stage).map(|mark| mark.ms);
         // A spare is there from the beginning.
-        to_ready.extend(at(READY).map(|ready| ready - at(BEFORE_EXEC).unwrap_or(0.0)));
+        to_end.extend(at(end).map(|end| end - at(BEFORE_EXEC).unwrap_or(0.0)));
         let mut last = 0.0;
         for mark in &marks {
             if !order.contains(&mark.stage) {
@@ -53,7 +56,7 @@ pub fn measure(
             last = mark.ms;
         }
     }
-    report.time(what, Distribution::of(to_ready), Some(bound));
+    report.time(what, Distribution::of(to_end), Some(bound));
     for stage in order {
         let times = steps.remove(&stage).unwrap_or_default();
         report.time(&format!("  step: {stage}"), Distribution::of(times), None);

@@ -8,9 +8,9 @@ use kata_channel::{CallError, Stream};
 use kata_oci::{Resources, Wire as _};
 use kata_protocol::agent::{
     self, ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, Empty, Event,
-    ExecRequest, GrowRequest, ListProcessesResponse, Network, OomEvent, ProcessId, ProcessInfo,
-    ProcessStarted, ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse,
-    UpdateRequest, WaitResponse,
+    ExecRequest, GrowRequest, ListProcessesResponse, MountRequest, Network, OomEvent, ProcessId,
+    ProcessInfo, ProcessStarted, ResizeTerminalRequest, SignalRequest, StartContainerRequest,
+    StatsResponse, UpdateRequest, WaitResponse,
 };
 use kata_protocol::call::{self, Call, InvalidCall, Method};
 use kata_protocol::{Id, VERSION, chain};
@@ -104,8 +104,6 @@ impl Agent {
         if request.template {
             self.networking.prepare().await?;
         }
-        // After a reconnect they are there already.
-        self.containers.pod().mount(&request.storages).await?;
         tracing::debug!(sandbox = request.sandbox_id, "connected");
         Ok(ConnectResponse {
             protocol_version: VERSION,
@@ -116,6 +114,11 @@ impl Agent {
             ready_ns: self.ready_ns,
             ..ConnectResponse::default()
         })
+    }
+
+    async fn mount(&self, request: &MountRequest) -> Result<Empty, AgentError> {
+        self.containers.pod().mount(&request.storages).await?;
+        Ok(Empty::default())
     }
 
     async fn create(
@@ -338,6 +341,7 @@ impl Agent {
             Method::NextEvent => answer!(NextEvent, _r => self.next_event().await),
             Method::Sync => answer!(Sync, _r => Ok(sync())),
             Method::Leave => answer!(Leave, _r => self.leave().await),
+            Method::Mount => answer!(Mount, r => self.mount(&r).await),
         }
     }
 }

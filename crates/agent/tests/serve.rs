@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use host::{Agent, all, container, output, process_id, take, terminal};
 use kata_channel::CallError;
 use kata_oci::{Pids, Resources, Wire as _};
-use kata_protocol::agent::{ConnectRequest, Empty, Storage, UpdateRequest, failure::Code};
+use kata_protocol::agent::{
+    ConnectRequest, Empty, MountRequest, Storage, UpdateRequest, failure::Code,
+};
 use kata_protocol::call;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -46,12 +48,11 @@ async fn who_is_told_to_leave_unmounts_the_shares_and_hangs_up() {
         mount_point: at.display().to_string(),
         ..Default::default()
     };
-    let hello = ConnectRequest {
-        protocol_version: kata_protocol::VERSION,
-        storages: vec![storage],
-        ..Default::default()
-    };
-    agent.call::<call::Connect>(&hello).await;
+    let share = MountRequest { storages: vec![storage], ..Default::default() };
+    // Who mounts it again changes nothing.
+    for _ in 0..2 {
+        agent.call::<call::Mount>(&share).await;
+    }
     let is_mounted = || {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         mounts.contains(&at.display().to_string())

@@ -10,9 +10,9 @@ use protobuf::Message;
 
 use crate::agent::{
     ConnectRequest, ConnectResponse, ContainerId, CreateContainerRequest, Empty, Event,
-    ExecRequest, Failure, GrowRequest, ListProcessesResponse, Network, ProcessId, ProcessStarted,
-    ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse, UpdateRequest,
-    WaitResponse,
+    ExecRequest, Failure, GrowRequest, ListProcessesResponse, MountRequest, Network, ProcessId,
+    ProcessStarted, ResizeTerminalRequest, SignalRequest, StartContainerRequest, StatsResponse,
+    UpdateRequest, WaitResponse,
 };
 use crate::limits;
 
@@ -61,7 +61,7 @@ macro_rules! calls {
 // A process is (container_id, exec_id); exec_id is empty for the container's first process.
 calls! {
     /// The first on every connection: versions are compared, and the guest becomes this
-    /// sandbox (clock, entropy, host name, shares).
+    /// sandbox (clock, entropy, host name).
     1 Connect(ConnectRequest) -> ConnectResponse;
     /// Makes a container whose first process waits for its start.
     2 CreateContainer(CreateContainerRequest) -> ProcessStarted;
@@ -98,6 +98,8 @@ calls! {
     /// Ends the connection, without what carries it being closed: who comes by it next is
     /// another host, to which the guest has no shares. Nobody waits for the answer.
     18 Leave(Empty) -> Empty;
+    /// Mounts what containers share with the host.
+    19 Mount(MountRequest) -> Empty;
 }
 
 /// Why bytes are no call, or no answer.

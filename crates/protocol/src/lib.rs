@@ -18,7 +18,7 @@ pub use id::{Id, InvalidId};
 pub use stream::{InvalidHeader, StreamHeader, StreamKind};
 
 /// Version of this protocol. Both sides send theirs at `Connect`; they must be equal.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Name of the virtio-serial port that carries the channel.
 pub const SERIAL_PORT: &str = "kata.agent.0";

@@ -64,7 +64,6 @@ pub(crate) struct Ended {
 pub(crate) struct Hello {
     pub sandbox: String,
     pub hostname: String,
-    pub storages: Vec<message::Storage>,
     pub online_cpus: u32,
     /// The machine is no sandbox's, but is going to be cloned.
     pub template: bool,
@@ -134,7 +133,6 @@ impl Agent {
             realtime_ns: now.as_nanos().try_into().unwrap_or(i64::MAX),
             entropy,
             hostname: hello.hostname,
-            storages: hello.storages,
             online_cpus: hello.online_cpus,
             template: hello.template,
             ..Default::default()
@@ -150,6 +148,13 @@ impl Agent {
             init: nanos(answer.init_ns),
             ready: nanos(answer.ready_ns),
         })
+    }
+
+    /// Has the guest mount what its containers share with the host.
+    pub(crate) async fn mount(&self, storage: message::Storage) -> Result<(), SandboxError> {
+        let request = message::MountRequest { storages: vec![storage], ..Default::default() };
+        self.call::<call::Mount>(&request).await?;
+        Ok(())
     }
 
     pub(crate) async fn create(

@@ -388,6 +388,8 @@ impl Sandbox {
             if machine.ready().await.is_err() {
                 return;
             }
+            // While nobody asks for a container yet. Who does is told what went wrong.
+            let _ = machine.mounted().await;
             while let Ok(container) = machine.call(machine.agent().next_oom()).await {
                 sandbox.emit(Event::OutOfMemory { container });
             }

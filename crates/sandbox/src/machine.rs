@@ -57,6 +57,8 @@ pub(crate) struct Machine {
     share: Arc<Share>,
     agent: Agent,
     guest: OnceCell<Guest>,
+    /// The guest has mounted the share.
+    mounted: OnceCell<()>,
     awake: bool,
     hostname: String,
     vcpus: u32,
@@ -108,6 +110,7 @@ impl Machine {
             share: Arc::new(share),
             agent,
             guest: OnceCell::new(),
+            mounted: OnceCell::new(),
             awake: started.awake,
             hostname: boot.spec.hostname.clone(),
             vcpus: sizing.vcpus,
@@ -274,7 +277,6 @@ impl Machine {
             let hello = Hello {
                 sandbox: self.sandbox.to_string(),
                 hostname: self.hostname.clone(),
-                storages: vec![self.share.storage()],
                 online_cpus: self.vcpus,
                 template: false,
             };
@@ -292,6 +294,17 @@ impl Machine {
             Ok(guest)
         };
         self.guest.get_or_try_init(|| connect).await.map(|_| ())
+    }
+
+    /// Has the guest, which has answered, mount the share, without which it makes no container;
+    /// once.
+    pub(crate) async fn mounted(&self) -> Result<(), SandboxError> {
+        let mount = async {
+            self.call(self.agent.mount(self.share.storage())).await?;
+            self.mark("share mounted");
+            Ok(())
+        };
+        self.mounted.get_or_try_init(|| mount).await.copied()
     }
 
     /// Whether the guest has answered.
@@ -368,7 +381,7 @@ impl Machine {
         stdio: message::Stdio,
         network: Option<message::Network>,
     ) -> Result<(), SandboxError> {
-        self.joined().await?;
+        tokio::try_join!(self.joined(), self.mounted())?;
         let mut spec = Cow::Borrowed(&bundle.plan.spec);
         if self.without_seccomp
             && let Some(linux) = &mut spec.to_mut().linux

@@ -209,11 +209,11 @@ impl Rehearsed {
         let hello = Hello {
             sandbox: id.to_string(),
             hostname: String::new(),
-            storages: vec![share.storage()],
             online_cpus: sizing.vcpus,
             template: false,
         };
         agent.connect(hello, Duration::from_secs(config.agent.dial_timeout.into())).await?;
+        agent.mount(share.storage()).await?;
         let hypervisor = tokio::sync::Mutex::new(hypervisor);
         let rehearsal = Rehearsal {
             hypervisor: &hypervisor,
