@@ -264,9 +264,9 @@ fn trace_names_every_stage_of_a_start(templates: &Templates) -> Result<()> {
     let table = command::ok(&mut ctl(&format!("trace {}", &id[..12])))?.out();
     let stages = [
         "share started",
-        "memory copied",
         "monitor forked",
         "share plugged",
+        "memory copied",
         "agent ready",
         "share mounted",
         "container created",

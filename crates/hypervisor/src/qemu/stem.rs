@@ -17,6 +17,7 @@ use std::sync::Arc;
 use kata_fork::{Forked, Frozen, Memory, Plan};
 use kata_jail::{Capability, Child};
 use serde_json::json;
+use tokio::task::JoinHandle;
 
 use super::args::{LateShare, Numbers, SHARE_SOCKET, name};
 use super::cage::{FOR_9P, SHARE};
@@ -149,6 +150,9 @@ impl Stem {
 pub(super) struct Ordered {
     config: VmConfig,
     ends: Ends,
+    /// Its memory is being copied. Until it goes on nobody looks at that: its processors stand
+    /// still, it takes no frame, and nobody speaks with its agent yet.
+    copy: Option<JoinHandle<std::io::Result<()>>>,
 }
 
 /// Where the monitor's 9p server begins to look for files, if it has one.
@@ -199,18 +203,16 @@ impl Qemu {
             ready(&tap).map_err(host("set up a tap for a fork"))?;
             fds.push(tap);
         }
+        let mut copy = None;
         if memory == CloneMemory::Copied {
             let own = snapshot::guest_memory(config.memory_mib).map_err(host("make memory"))?;
             let to = own.try_clone().map_err(host("share memory"))?;
-            let copy =
-                tokio::task::spawn_blocking(move || snapshot::copy(from.as_fd(), to.as_fd()));
-            let copied = copy.await.map_err(host("copy the template's memory"))?;
-            copied.map_err(host("copy the template's memory"))?;
-            self.reached("memory copied");
+            let work = move || snapshot::copy(from.as_fd(), to.as_fd());
+            copy = Some(tokio::task::spawn_blocking(work));
             fds.push(own);
         }
         let id = config.id.clone();
-        self.ordered = Some(Ordered { config, ends });
+        self.ordered = Some(Ordered { config, ends, copy });
         Ok(ForkOrder { id, memory, fds })
     }
 
@@ -220,7 +222,7 @@ impl Qemu {
     /// None was ordered, or the monitor refuses.
     pub async fn forked(&mut self, child: Child) -> Result<(), HypervisorError> {
         let ordered = self.ordered.take().ok_or(HypervisorError::State("not ordered"))?;
-        let Ordered { config, ends } = ordered;
+        let Ordered { config, ends, copy } = ordered;
         tracing::debug!(id = config.id, pid = child.pid(), "qemu forked");
         // It has been spoken with before.
         let (_, up) = tokio::sync::watch::channel(true);
@@ -232,6 +234,11 @@ impl Qemu {
             self.connect_share(&socket).await?;
             self.plug_share(LateShare { tag, queue_size }).await?;
             self.reached("share plugged");
+        }
+        if let Some(copy) = copy {
+            let copied = copy.await.map_err(host("copy the template's memory"))?;
+            copied.map_err(host("copy the template's memory"))?;
+            self.reached("memory copied");
         }
         self.resume().await
     }
