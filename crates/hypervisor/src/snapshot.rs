@@ -16,6 +16,9 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+
+use crate::error::{HypervisorError, host};
 
 /// What must not change any more.
 const SEALS: SealFlags =
@@ -146,8 +149,25 @@ fn memfd(name: &str) -> io::Result<OwnedFd> {
     Ok(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?)
 }
 
+/// A copy of a template's memory that is being made, by a thread of its own.
+#[derive(Debug)]
+pub(crate) struct Copying(JoinHandle<io::Result<()>>);
+
+impl Copying {
+    /// Begins to copy.
+    pub(crate) fn begin(from: OwnedFd, to: OwnedFd) -> Self {
+        Self(tokio::task::spawn_blocking(move || copy(from.as_fd(), to.as_fd())))
+    }
+
+    /// Waits until it is done.
+    pub(crate) async fn done(self) -> Result<(), HypervisorError> {
+        const STEP: &str = "copy the template's memory";
+        self.0.await.map_err(host(STEP))?.map_err(host(STEP))
+    }
+}
+
 /// Copies what `from` holds; what is not there stays a hole.
-pub(crate) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     let mut at = 0;
     while let Some(held) = held_from(from, at)? {
         at = held.end;

@@ -17,7 +17,6 @@ use std::sync::Arc;
 use kata_fork::{Forked, Frozen, Memory, Plan};
 use kata_jail::{Capability, Child};
 use serde_json::json;
-use tokio::task::JoinHandle;
 
 use super::args::{LateShare, Numbers, SHARE_SOCKET, name};
 use super::cage::{FOR_9P, SHARE};
@@ -26,7 +25,7 @@ use super::qmp::{ChardevAdd, ChardevRemove, Getfd};
 use super::{Backend, COMMAND, Ports, Qemu};
 use crate::config::{Machine, Nic, Share, VmConfig};
 use crate::error::{HypervisorError, host};
-use crate::snapshot::{self, CloneMemory, ForkOrder, Start};
+use crate::snapshot::{self, CloneMemory, Copying, ForkOrder, Start};
 use crate::{DeviceId, Hypervisor};
 
 /// Under this name QEMU has the connection of a share before it is one.
@@ -152,7 +151,7 @@ pub(super) struct Ordered {
     ends: Ends,
     /// Its memory is being copied. Until it goes on nobody looks at that: its processors stand
     /// still, it takes no frame, and nobody speaks with its agent yet.
-    copy: Option<JoinHandle<std::io::Result<()>>>,
+    copy: Option<Copying>,
 }
 
 /// Where the monitor's 9p server begins to look for files, if it has one.
@@ -207,8 +206,7 @@ impl Qemu {
         if memory == CloneMemory::Copied {
             let own = snapshot::guest_memory(config.memory_mib).map_err(host("make memory"))?;
             let to = own.try_clone().map_err(host("share memory"))?;
-            let work = move || snapshot::copy(from.as_fd(), to.as_fd());
-            copy = Some(tokio::task::spawn_blocking(work));
+            copy = Some(Copying::begin(from, to));
             fds.push(own);
         }
         let id = config.id.clone();
@@ -236,8 +234,7 @@ impl Qemu {
             self.reached("share plugged");
         }
         if let Some(copy) = copy {
-            let copied = copy.await.map_err(host("copy the template's memory"))?;
-            copied.map_err(host("copy the template's memory"))?;
+            copy.done().await?;
             self.reached("memory copied");
         }
         self.resume().await

@@ -19,7 +19,7 @@ use super::qmp::{
 use super::{Backend, COMMAND, Plugged, Qemu};
 use crate::config::VmConfig;
 use crate::error::{HypervisorError, host};
-use crate::snapshot::{self, CloneMemory, Snapshot};
+use crate::snapshot::{self, CloneMemory, Copying, Snapshot};
 use crate::{DeviceId, Hypervisor};
 
 /// How long saving or restoring the devices may take. It takes some twenty milliseconds.
@@ -115,8 +115,7 @@ impl Qemu {
                 let to = memory.try_clone().map_err(host("share memory"))?;
                 self.memory = Some(memory.try_clone().map_err(host("share memory"))?);
                 // While QEMU starts.
-                let copy =
-                    tokio::task::spawn_blocking(move || snapshot::copy(from.as_fd(), to.as_fd()));
+                let copy = Copying::begin(from, to);
                 (Origin::Clone(memory, MemoryMapping::Shared), Some(copy))
             }
         };
@@ -126,8 +125,7 @@ impl Qemu {
         self.up().await?;
         self.reached("monitor answers");
         if let Some(copied) = copied {
-            let copied = copied.await.map_err(host("copy the template's memory"))?;
-            copied.map_err(host("copy the template's memory"))?;
+            copied.done().await?;
             self.reached("memory copied");
         }
         self.restore(state).await?;
