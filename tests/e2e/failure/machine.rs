@@ -17,7 +17,8 @@ pub fn trials() -> Vec<Trial<Oci>> {
     trials!["machine":
         Kata: missing_hypervisor_is_named, missing_kernel_is_named, missing_initrd_is_named,
             kernel_that_is_none_is_an_error, wrong_configuration_names_file_and_line,
-            agent_that_cannot_boot_says_why, guest_without_an_init_shows_its_console, agent_that_does_not_answer_is_an_error,
+            agent_that_cannot_boot_says_why, guest_without_an_init_shows_its_console,
+            agent_that_does_not_answer_is_an_error,
             kernel_for_one_is_refused_to_several_cpus,
             kernel_for_emulated_machines_is_refused_under_kvm,
             killed_hypervisor_ends_the_container_at_once, killed_devices_process_ends_the_container,
