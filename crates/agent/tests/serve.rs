@@ -48,8 +48,13 @@ async fn who_is_told_to_leave_unmounts_the_shares_and_hangs_up() {
         mount_point: at.display().to_string(),
         ..Default::default()
     };
+    // What cannot be mounted is told, and tried again when it is asked for again. What is mounted
+    // stays as it is.
+    let mut none = storage.clone();
+    none.driver = "none".to_owned();
+    let none = MountRequest { storages: vec![none], ..Default::default() };
+    agent.try_call::<call::Mount>(&none).await.unwrap_err();
     let share = MountRequest { storages: vec![storage], ..Default::default() };
-    // Who mounts it again changes nothing.
     for _ in 0..2 {
         agent.call::<call::Mount>(&share).await;
     }

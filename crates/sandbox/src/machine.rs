@@ -110,7 +110,8 @@ impl Machine {
             share: Arc::new(share),
             agent,
             guest: OnceCell::new(),
-            mounted: OnceCell::new(),
+            // A spare's has.
+            mounted: OnceCell::new_with(met.then_some(())),
             awake: started.awake,
             hostname: boot.spec.hostname.clone(),
             vcpus: sizing.vcpus,
