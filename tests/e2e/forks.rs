@@ -22,7 +22,7 @@ pub fn trials() -> Vec<Trial<Templates>> {
             fork_has_the_settings_of_a_machine_that_booted,
             fork_has_the_networks_it_is_given_and_no_other,
             hook_finds_a_forks_processes_in_its_cgroup, many_at_once_are_forked,
-            fork_by_nine_p_has_the_owners_of_files, killed_server_takes_its_fork_along,
+            fork_by_nine_p_has_the_owners_of_files, fork_grows_as_far_as_its_share_can_follow, killed_server_takes_its_fork_along,
             killed_fork_is_told_and_leaves_nothing, stem_stays_as_long_as_its_forks,
             killed_stem_ends_its_forks_and_machines_are_cloned;
     ]
@@ -255,6 +255,45 @@ fn fork_by_nine_p_has_the_owners_of_files(templates: &Templates) -> Result<()> {
     // It lives on as its stem's share does when the last thing in it goes.
     drop(one);
     ensure!(forked(templates, options)?.exec("cat /f 2>/dev/null; echo none")? == "none");
+    Ok(())
+}
+
+/// The monitor tells of all memory at once, and only of so many pieces.
+fn fork_grows_as_far_as_its_share_can_follow(templates: &Templates) -> Result<()> {
+    let (name, options) = KINDS[0];
+    ready(templates, name)?;
+    let out = templates.docker.arena.dir("fork-grown")?;
+    let container = forked(templates, &format!("{options} -v {}:/out", out.display()))?;
+    let total = || -> Result<u64> {
+        let info = container.exec("cat /proc/meminfo")?;
+        Ok(info.split_whitespace().nth(1).context("MemTotal")?.parse::<u64>()? / 1024)
+    };
+    let update = |mib: u32| {
+        let limits = format!("--memory {mib}m --memory-swap {mib}m");
+        templates.docker.ok(&format!("update {limits} {}", container.name))
+    };
+    let mut before = total()?;
+    for mib in [2304, 2432, 2560, 2688] {
+        update(mib)?;
+        let now = total()?;
+        ensure!(now >= before + 100, "{mib}: {before}, {now}");
+        before = now;
+    }
+    update(2944)?;
+    ensure!(total()? == before);
+    let id = id(templates, &container.name)?;
+    let log = fs::read_to_string(format!("/run/kata-containers/{id}/server.log"))?;
+    ensure!(log.contains("limits are above what the virtual machine can become"), "{log}");
+    // What serves the share has each piece.
+    let devices = leaks::processes_of(&id, Part::Devices)?;
+    let maps = fs::read_to_string(format!("/proc/{}/maps", devices[0]))?;
+    let pieces = maps.lines().filter(|line| line.contains("memory-backend-memfd")).count();
+    ensure!(pieces == 4, "{maps}");
+    let copy = "head -c 64m /dev/urandom > /tmp/data && cp /tmp/data /out/ && md5sum < /tmp/data";
+    let guest = container.exec(copy)?;
+    let host = command::ok(std::process::Command::new("md5sum").arg(out.join("data")))?.out();
+    let sum = |text: &str| text.split_whitespace().next().map(str::to_owned);
+    ensure!(sum(&guest) == sum(&host), "in the guest {guest}, on the host {host}");
     Ok(())
 }
 

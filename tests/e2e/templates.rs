@@ -265,7 +265,6 @@ fn trace_names_every_stage_of_a_start(templates: &Templates) -> Result<()> {
     let stages = [
         "share started",
         "monitor forked",
-        "share plugged",
         "memory copied",
         "agent ready",
         "share mounted",

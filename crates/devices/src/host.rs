@@ -14,6 +14,8 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Error;
 use crate::handshake::{self, Message};
 use crate::path::SharePath;
@@ -24,6 +26,16 @@ use crate::tree::{self, FileSystem};
 const SOCKET_NAME: &str = "devices.sock";
 /// Longest time from start to ready. It takes some ten milliseconds on an idle machine.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What speaks to the process for the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Monitor {
+    /// One that meets its devices.
+    Executed,
+    /// One that is to be forked, and its forks, which have met another ([`crate::greet`]).
+    Forked,
+}
 
 /// How the share is served.
 #[derive(Debug)]
@@ -36,6 +48,8 @@ pub struct Options {
     pub threads: usize,
     /// Let the guest see each attached file system as one of its own (`st_dev`).
     pub announce_submounts: bool,
+    /// What speaks to it.
+    pub monitor: Monitor,
     /// Where its warnings go; nowhere when absent.
     pub stderr: Option<OwnedFd>,
 }
@@ -47,6 +61,7 @@ impl Default for Options {
             cache: Cache::Auto,
             threads: 0,
             announce_submounts: false,
+            monitor: Monitor::Executed,
             stderr: None,
         }
     }
@@ -77,6 +92,7 @@ impl DevicesProcess {
             cache: options.cache,
             threads: options.threads,
             announce_submounts: options.announce_submounts,
+            monitor: options.monitor,
         };
         let mut launch = Launch::role(Role::Devices, options.title, &arguments)?
             .fd(listener, FD_LISTENER)

@@ -14,7 +14,8 @@
 //!
 //! Trust: every FUSE request comes from the guest and is hostile; vhost-user messages come
 //! from the VMM, which the guest may have taken over. Neither reaches the server: what the
-//! two sides say to each other is one message, before the first guest byte.
+//! two sides say to each other is one message, and for a VMM that was forked what that does not
+//! say itself ([`greet`]), all before the first guest byte.
 //!
 //! Start reading at [`DevicesProcess`] (server side) and `serve.rs` (jailed side).
 
@@ -30,9 +31,11 @@ mod path;
 mod seccomp;
 mod serve;
 mod tree;
+mod vhost_user;
 
 pub use error::Error;
-pub use host::{DevicesProcess, Options};
+pub use host::{DevicesProcess, Monitor, Options};
 pub use path::SharePath;
 pub use serve::{Cache, main};
 pub use tree::{FileSystem, attach, detach, mount};
+pub use vhost_user::greet;

@@ -14,11 +14,12 @@ use serde::{Deserialize, Serialize};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use virtiofsd::passthrough::{CachePolicy, Config, PassthroughFs};
-use virtiofsd::vhost_user::{VhostUserFsBackend, VhostUserFsBackendBuilder};
+use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::kept_pages::KeptPages;
-use crate::{confine, handshake, logger, seccomp};
+use crate::vhost_user::Device;
+use crate::{Monitor, confine, handshake, logger, seccomp};
 
 /// The listening vhost-user socket, with the VMM's connection waiting in it.
 pub(crate) const FD_LISTENER: RawFd = 3;
@@ -54,6 +55,7 @@ pub(crate) struct Arguments {
     pub cache: Cache,
     pub threads: usize,
     pub announce_submounts: bool,
+    pub monitor: Monitor,
 }
 
 /// The role `devices`. Returns when the VMM has closed its socket.
@@ -63,9 +65,9 @@ pub fn main(args: &str) -> anyhow::Result<()> {
     let (listener, line) =
         unsafe { (OwnedFd::from_raw_fd(FD_LISTENER), OwnedFd::from_raw_fd(FD_HANDSHAKE)) };
     match prepare(args) {
-        Ok(backend) => {
+        Ok(device) => {
             handshake::send_ready(line).context("tell the server that the share is ready")?;
-            serve(backend, listener)
+            serve(device, listener)
         }
         Err(error) => {
             handshake::send_failure(line, &format!("{error:#}"))?;
@@ -74,10 +76,8 @@ pub fn main(args: &str) -> anyhow::Result<()> {
     }
 }
 
-type Backend = Arc<VhostUserFsBackend<KeptPages>>;
-
 /// Enters the jail. Nothing of the guest has been read when this returns.
-fn prepare(args: &str) -> anyhow::Result<Backend> {
+fn prepare(args: &str) -> anyhow::Result<Device> {
     let arguments: Arguments = serde_json::from_str(args).context("read the role's arguments")?;
     let nofile = confine::raise_descriptor_limit().context("raise the limit of descriptors")?;
     let proc_self_fd = proc_self_fd().context("open /proc/self/fd")?;
@@ -87,11 +87,11 @@ fn prepare(args: &str) -> anyhow::Result<Backend> {
     let fs = KeptPages { fs, keep: arguments.cache == Cache::Auto };
     // Threads started from here on are filtered, too.
     seccomp::install(std::process::id()).context("install the system call filter")?;
-    let backend = VhostUserFsBackendBuilder::default()
+    let fs = VhostUserFsBackendBuilder::default()
         .set_thread_pool_size(arguments.threads)
         .build(fs)
         .context("set up the vhost-user device")?;
-    Ok(Arc::new(backend))
+    Ok(Device { fs, monitor: arguments.monitor })
 }
 
 /// The process's own descriptors as a directory that leads nowhere else: a detached mount
@@ -125,9 +125,9 @@ fn config(arguments: &Arguments, proc_self_fd: File, guest_fd_limit: u64) -> Con
     }
 }
 
-fn serve(backend: Backend, listener: OwnedFd) -> anyhow::Result<()> {
+fn serve(device: Device, listener: OwnedFd) -> anyhow::Result<()> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let mut daemon = VhostUserDaemon::new("vhost-user-fs".to_owned(), backend, memory)
+    let mut daemon = VhostUserDaemon::new("vhost-user-fs".to_owned(), Arc::new(device), memory)
         .map_err(|e| anyhow::anyhow!("set up the vhost-user daemon: {e}"))?;
     let mut listener = Listener::from(UnixListener::from(listener));
     daemon

@@ -246,6 +246,11 @@ impl VmConfig {
         matches!(self.share, Some(Share::VhostUserFs { .. }))
     }
 
+    /// Whether it goes on where another one stands still.
+    pub(crate) fn is_fork(&self) -> bool {
+        matches!(self.start, Start::Fork { .. })
+    }
+
     /// Whether memory may be added while it runs. A microvm with ACPI has no slots for it.
     pub(crate) fn grows(&self) -> bool {
         self.memory_slots > 0 && (self.machine == Machine::Q35 || self.is_bare())

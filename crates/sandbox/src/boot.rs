@@ -6,7 +6,7 @@ use crate::joining::Joining;
 use crate::network::Network;
 use crate::packets::Packets;
 use crate::process::lock;
-use crate::share::Share;
+use crate::share::{Greeting, Share};
 use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
 use crate::vm_config::{self, Later};
@@ -128,6 +128,26 @@ pub(crate) struct Cloned {
     pub keeper: Option<Keeper>,
 }
 
+/// How the monitor of a machine comes to be.
+pub(crate) enum Monitor {
+    /// It is executed.
+    Executed,
+    /// It is executed, to be forked.
+    ToBeForked,
+    /// It is forked, by this one.
+    Fork(Keeper),
+}
+
+impl Monitor {
+    /// What the devices process is to know of it.
+    fn of_devices(&self) -> kata_devices::Monitor {
+        match self {
+            Self::Executed => kata_devices::Monitor::Executed,
+            Self::ToBeForked | Self::Fork(_) => kata_devices::Monitor::Forked,
+        }
+    }
+}
+
 /// What it takes to start a machine.
 pub(crate) struct Power<'a> {
     pub boot: &'a Boot<'a>,
@@ -156,7 +176,8 @@ impl Power<'_> {
         };
         if let Some(Cloned { key, vm, keeper }) = template {
             let forks = keeper.is_some();
-            match self.clone_on(network, vm, keeper).await {
+            let monitor = keeper.map_or(Monitor::Executed, Monitor::Fork);
+            match self.clone_on(network, vm, monitor).await {
                 Ok((share, hypervisor)) => return Ok((share, hypervisor, forks)),
                 // Another machine would not be in it, either.
                 Err(error @ SandboxError::Cgroup { .. }) => return Err(error),
@@ -180,7 +201,7 @@ impl Power<'_> {
         }
         let found = async {
             let vm = factory::description(self.config, self.sizing)?;
-            let key = factory::key(&vm)?;
+            let key = factory::key(self.config, &vm)?;
             let memory = factory::memory_of_clones(self.config);
             let (start, keeper) = match factory::fetch(&key, recipe, forks).await? {
                 Some(Template::Saved(snapshot)) => (Start::Clone { snapshot, memory }, None),
@@ -206,17 +227,17 @@ impl Power<'_> {
         let mut vm =
             vm_config::vm_config(self.config, self.sizing, self.boot.sandbox, self.boot.later)?;
         vm_config::prefer_vsock(&mut vm, self.config.hypervisor.channel)?;
-        self.on(network, vm, None, None).await
+        self.on(network, vm, Monitor::Executed, None).await
     }
 
-    /// Starts a clone, or a fork where there is a keeper for it.
+    /// Starts a clone or a fork.
     pub(crate) async fn clone_on(
         &self,
         network: &mut Option<Network>,
         vm: VmConfig,
-        keeper: Option<Keeper>,
+        monitor: Monitor,
     ) -> Result<(Share, Qemu), SandboxError> {
-        self.on(network, vm, keeper, Some(factory::NIC)).await
+        self.on(network, vm, monitor, Some(factory::NIC)).await
     }
 
     /// Starts share and monitor; nothing of them is left when that fails. A first NIC has the
@@ -225,7 +246,7 @@ impl Power<'_> {
         &self,
         network: &mut Option<Network>,
         mut vm: VmConfig,
-        keeper: Option<Keeper>,
+        monitor: Monitor,
         known: Option<Mac>,
     ) -> Result<(Share, Qemu), SandboxError> {
         let Self { boot, config, .. } = *self;
@@ -238,7 +259,11 @@ impl Power<'_> {
         }
         vm.nics = nics.into_iter().map(|(tap, mac)| vm_config::nic(tap, mac)).collect();
         self.stages.mark("taps made");
-        let (share, device) = Share::start(config, boot.sandbox, boot.dir)?;
+        let (share, device) = Share::start(config, boot.sandbox, boot.dir, monitor.of_devices())?;
+        let greeting = match monitor {
+            Monitor::Fork(_) => Greeting::begin(&device),
+            Monitor::Executed | Monitor::ToBeForked => None,
+        };
         if let Some(devices) = share.process() {
             lock(self.state).record_process(devices.pid(), "devices process")?;
             // It was begun before this process was in the cgroup.
@@ -247,7 +272,11 @@ impl Power<'_> {
         self.stages.mark("share started");
         vm.share = Some(device);
         let mut hypervisor = Qemu::new(vm);
-        if let Err(error) = self.power_on(&mut hypervisor, keeper).await {
+        let powered = match monitor {
+            Monitor::Fork(keeper) => self.fork(&mut hypervisor, keeper, greeting).await,
+            Monitor::Executed | Monitor::ToBeForked => self.execute(&mut hypervisor).await,
+        };
+        if let Err(error) = powered {
             share.end().await;
             return Err(error);
         }
@@ -257,22 +286,27 @@ impl Power<'_> {
         Ok((share, hypervisor))
     }
 
-    /// Has the monitor forked, and lets its machine go on; or executes one. What that takes is
-    /// counted in the cgroup from its first page on.
-    async fn power_on(
+    /// Executes the monitor. What that takes is counted in the cgroup from its first page on.
+    async fn execute(&self, hypervisor: &mut Qemu) -> Result<(), SandboxError> {
+        if let Some(joining) = self.joining {
+            joining.done().await?;
+            self.stages.mark("in its cgroup");
+        }
+        Ok(hypervisor.start().await?)
+    }
+
+    /// Has the monitor forked, and lets its machine go on when its share has been spoken to.
+    async fn fork(
         &self,
         hypervisor: &mut Qemu,
-        keeper: Option<Keeper>,
+        keeper: Keeper,
+        greeting: Option<Greeting>,
     ) -> Result<(), SandboxError> {
-        let Some(keeper) = keeper else {
-            if let Some(joining) = self.joining {
-                joining.done().await?;
-                self.stages.mark("in its cgroup");
-            }
-            return Ok(hypervisor.start().await?);
-        };
         let order = hypervisor.order().await?;
         let child = keeper.fork(order).await.map_err(SandboxError::io("fork a monitor"))?;
+        if let Some(greeting) = greeting {
+            greeting.done().await?;
+        }
         hypervisor.forked(child).await?;
         // It is no child of this process.
         self.join(hypervisor.pid()).await;

@@ -2,16 +2,16 @@
 
 use crate::{SandboxDir, SandboxError};
 use kata_config::{FsCache, SandboxConfig, SharedFs};
-use kata_devices::{Cache, DevicesProcess, SharePath};
+use kata_devices::{Cache, DevicesProcess, Monitor, SharePath};
 use kata_hypervisor::{Qemu, Share as Device};
 use kata_jail::Child;
 use kata_protocol::{Id, SHARE_MOUNT, SHARE_TAG, agent as message};
 use kata_storage::{Attachment, FileSystem, Source};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::{Mutex, OnceCell};
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 /// Where QEMU's own 9p server has the share, below the root of its jail.
 const IN_MONITOR: &str = "share";
@@ -36,17 +36,37 @@ pub(crate) enum Share {
     },
 }
 
+/// A devices process that is being spoken to in a monitor's place.
+pub(crate) struct Greeting(JoinHandle<std::io::Result<()>>);
+
+impl Greeting {
+    /// Begins to say to what serves this device what a forked monitor has said to another one. By
+    /// 9p there is nothing else that serves it.
+    pub(crate) fn begin(device: &Device) -> Option<Self> {
+        let Device::VhostUserFs { socket, .. } = device else { return None };
+        let socket = socket.try_clone();
+        Some(Self(spawn_blocking(move || kata_devices::greet(socket?.as_fd()))))
+    }
+
+    /// Waits until all is said.
+    pub(crate) async fn done(self) -> Result<(), SandboxError> {
+        let said = self.0.await.map_err(std::io::Error::from);
+        said.flatten().map_err(SandboxError::io("speak to the process that serves the share"))
+    }
+}
+
 impl Share {
     /// Starts what serves it; gives the machine's device, too.
     pub(crate) fn start(
         config: &SandboxConfig,
         sandbox: &Id,
         dir: &SandboxDir,
+        monitor: Monitor,
     ) -> Result<(Self, Device), SandboxError> {
         let tag = SHARE_TAG.to_owned();
         match config.hypervisor.shared_fs {
             SharedFs::VirtioFs => {
-                let options = options(config, sandbox, dir)?;
+                let options = options(config, sandbox, dir, monitor)?;
                 let (devices, socket) = DevicesProcess::spawn(dir.path(), options)?;
                 let queue_size = config.hypervisor.virtio_fs_queue_size;
                 let device = Device::VhostUserFs { socket, tag, queue_size };
@@ -182,6 +202,7 @@ fn options(
     config: &SandboxConfig,
     sandbox: &Id,
     dir: &SandboxDir,
+    monitor: Monitor,
 ) -> Result<kata_devices::Options, SandboxError> {
     let log: OwnedFd = std::fs::File::options()
         .append(true)
@@ -192,6 +213,7 @@ fn options(
     Ok(kata_devices::Options {
         title: format!("kata-devices {sandbox}").into(),
         cache: cache(config.hypervisor.virtio_fs_cache),
+        monitor,
         stderr: Some(log),
         ..Default::default()
     })

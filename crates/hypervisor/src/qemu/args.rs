@@ -89,6 +89,7 @@ pub(crate) struct Numbers {
     pub console: RawFd,
     pub agent: Option<RawFd>,
     pub taps: Vec<RawFd>,
+    pub share: Option<RawFd>,
 }
 
 impl CommandLine {
@@ -248,7 +249,7 @@ impl CommandLine {
     fn share(&mut self, machine: Machine, share: Share) {
         match share {
             Share::VhostUserFs { socket, tag, queue_size } => {
-                self.socket(SHARE_SOCKET, socket);
+                self.numbers.share = Some(self.socket(SHARE_SOCKET, socket));
                 if self.is_clone {
                     // The state of such a device cannot be saved, so its template had none.
                     self.late_share = Some(LateShare { tag, queue_size });

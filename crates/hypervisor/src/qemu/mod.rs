@@ -132,6 +132,14 @@ impl Running {
         self.plugged += 1;
         Ok((port, self.plugged))
     }
+
+    /// The root port of the share, which stays as long as the machine, and the share's name.
+    fn reserve_for_share(&mut self) -> Result<(usize, String), HypervisorError> {
+        let (port, number) = self.reserve()?;
+        let id = format!("plugged{number}");
+        self.ports[port] = Some(Plugged { id: DeviceId(id.clone()), backend: Backend::Share });
+        Ok((port, id))
+    }
 }
 
 impl Drop for Running {

@@ -118,10 +118,6 @@ commands! {
     Migrate = "migrate" { uri: String }
     /// Restores it.
     MigrateIncoming = "migrate-incoming" { uri: String }
-    /// Makes a connection to the host's side of a device.
-    ChardevAdd = "chardev-add" { id: String, backend: Value }
-    /// Removes one.
-    ChardevRemove = "chardev-remove" { id: String }
     /// Asks the guest to let go of a device.
     DeviceDel = "device_del" { id: String }
 }

@@ -25,6 +25,9 @@ const BLOCK: u32 = 128;
 const TCG_MOST: u32 = 512 << 10;
 /// Slots that a machine of QEMU may have.
 const SLOTS: u32 = 256;
+/// Of them those that a fork with a device by vhost-user may use: its monitor has to be able to
+/// tell of all memory at once, in eight pieces, of which four are there from the start at most.
+const SLOTS_TOLD_AT_ONCE: u32 = 4;
 /// Most memory that is kept back, MiB. QEMU's own tables for it are a 10,000th of it, and it
 /// fills them when it starts.
 const KEPT_BACK_MOST: u32 = 32 << 10;
@@ -73,7 +76,9 @@ impl Room {
             let most = now.memory_mib.saturating_add(KEPT_BACK_MOST);
             (Memory::KeptBack, memory.min(most))
         } else {
-            (Memory::Dimms { used: 0, slots: config.memory_slots.min(SLOTS) }, memory)
+            let told_at_once = config.is_fork() && config.shares_memory();
+            let most = if told_at_once { SLOTS_TOLD_AT_ONCE } else { SLOTS };
+            (Memory::Dimms { used: 0, slots: config.memory_slots.min(most) }, memory)
         };
         let grows = memory >= now.memory_mib.saturating_add(BLOCK);
         Self {
@@ -319,7 +324,9 @@ impl Qemu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Share;
     use crate::qemu::sample_config;
+    use crate::{CloneMemory, Start};
     use serde_json::json;
 
     fn room(change: impl FnOnce(&mut VmConfig)) -> Room {
@@ -341,6 +348,13 @@ mod tests {
         let mut full = room(|_| {});
         full.memory = Memory::Dimms { used: 10, slots: 10 };
         assert_eq!(full.missing(4096), 0);
+        let fork = room(|config| {
+            let from = std::fs::File::open("/dev/null").unwrap().into();
+            config.start = Start::Fork { from, memory: CloneMemory::Copied };
+            let socket = std::fs::File::open("/dev/null").unwrap().into();
+            config.share = Some(Share::VhostUserFs { socket, tag: "t".into(), queue_size: 64 });
+        });
+        assert_eq!(fork.memory, Memory::Dimms { used: 0, slots: 4 });
         let none = room(|config| config.memory_slots = 0);
         assert_eq!((none.missing(4096), none.memory_option().as_str()), (0, "2048M"));
     }

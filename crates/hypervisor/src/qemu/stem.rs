@@ -2,9 +2,10 @@
 //!
 //! Under TCG most of a clone's start is to translate what its template had translated: the
 //! guest's code, which no snapshot has. A fork inherits it. The machine that is forked, the
-//! [`Stem`], is a clone with memory of its own that has met its agent and left it again; it has
-//! no share, as that is plugged into each fork, and 9p's is another file system in each. What else a fork has of
-//! its own is what leads to its server (sockets, taps) and what QEMU keeps for itself
+//! [`Stem`], is a clone with memory of its own that has met its agent and left it again. Its share
+//! is mounted nowhere any more. A fork has another one in its place: by virtio-fs another devices
+//! process is behind the connection, by 9p another file system below the directory. What else a
+//! fork has of its own is what leads to its server (sockets, taps) and what QEMU keeps for itself
 //! (`kata_fork`).
 //!
 //! The fork has the jail of the stem, in namespaces of its own, and less: of 9p's capabilities
@@ -16,20 +17,16 @@ use std::sync::Arc;
 
 use kata_fork::{Forked, Frozen, Memory, Plan};
 use kata_jail::{Capability, Child};
-use serde_json::json;
 
-use super::args::{LateShare, Numbers, SHARE_SOCKET, name};
+use super::args::{Numbers, name};
 use super::cage::{FOR_9P, SHARE};
 use super::ends::{Ends, TheirEnds};
-use super::qmp::{ChardevAdd, ChardevRemove, Getfd};
-use super::{Backend, COMMAND, Ports, Qemu};
+use super::{Ports, Qemu};
+use crate::Hypervisor;
 use crate::config::{Machine, Nic, Share, VmConfig};
 use crate::error::{HypervisorError, host};
 use crate::snapshot::{self, CloneMemory, Copying, ForkOrder, Start};
-use crate::{DeviceId, Hypervisor};
 
-/// Under this name QEMU has the connection of a share before it is one.
-const SHARE_FD: &str = "share-socket";
 /// Number of standard error.
 const STDERR: RawFd = 2;
 /// Longest name of a fork's machine.
@@ -57,8 +54,9 @@ impl Stem {
         format!("stem{}", "-".repeat(NAME_ROOM))
     }
 
-    /// Brings a machine to a stand, which has stopped, has no share plugged, and whose agent
-    /// waits for another connection.
+    /// Brings a machine to a stand, which has stopped, and whose agent has left the share and
+    /// waits for another connection. What serves the share must not end before: from then on the
+    /// monitor learns of nothing.
     ///
     /// # Errors
     /// It is no clone with memory of its own, or its monitor cannot be forked.
@@ -71,7 +69,8 @@ impl Stem {
         let frozen = Frozen::freeze(running.child.pid(), memory.as_fd(), thin_out)?;
         let root = root_of_9p(frozen.pid()).map_err(host("find the share of a monitor"))?;
         let sockets = [Some(numbers.qmp), Some(numbers.console), numbers.agent, Some(STDERR)];
-        let numbers = sockets.into_iter().flatten().chain(numbers.taps).collect();
+        let devices = numbers.taps.into_iter().chain(numbers.share);
+        let numbers = sockets.into_iter().flatten().chain(devices).collect();
         Ok(Self { frozen, qemu, memory, numbers, root, name: name(&Self::name()) })
     }
 
@@ -166,21 +165,6 @@ fn root_of_9p(pid: i32) -> std::io::Result<Option<RawFd>> {
 }
 
 impl Qemu {
-    /// Takes the share out of a machine that is to be a stem. Nothing of it is mounted any more.
-    ///
-    /// # Errors
-    /// The guest does not let go of it.
-    pub async fn unplug_share(&mut self) -> Result<(), HypervisorError> {
-        let ports = self.running()?.ports.iter().flatten();
-        let mut shares = ports.filter(|port| matches!(port.backend, Backend::Share));
-        let Some(id) = shares.next().map(|port| DeviceId(port.id.0.clone())) else {
-            return Ok(());
-        };
-        self.unplug(&id).await?;
-        let connection = ChardevRemove { id: SHARE_SOCKET.to_owned() };
-        self.ask("remove the connection of the share", &connection).await.map(drop)
-    }
-
     /// Begins the start of a machine as a fork: what the keeper of its stem is to be asked, to
     /// have [`Stem::fork`] done. [`Qemu::forked`] goes on with what comes of it.
     ///
@@ -202,6 +186,9 @@ impl Qemu {
             ready(&tap).map_err(host("set up a tap for a fork"))?;
             fds.push(tap);
         }
+        if let Some(Share::VhostUserFs { socket, .. }) = config.share.take() {
+            fds.push(socket);
+        }
         let mut copy = None;
         if memory == CloneMemory::Copied {
             let own = snapshot::guest_memory(config.memory_mib).map_err(host("make memory"))?;
@@ -214,7 +201,8 @@ impl Qemu {
         Ok(ForkOrder { id, memory, fds })
     }
 
-    /// Lets the machine of a monitor that was forked go on.
+    /// Lets the machine of a monitor that was forked go on. To what serves a share by vhost-user
+    /// has been said by then what a monitor says only once.
     ///
     /// # Errors
     /// None was ordered, or the monitor refuses.
@@ -228,27 +216,15 @@ impl Qemu {
         let ports = Ports { count, vhost_net: false, numbers: Numbers::default() };
         self.follow(Arc::new(child), ends, up, ports)?;
         self.reached("monitor forked");
-        if let Some(Share::VhostUserFs { socket, tag, queue_size }) = config.share {
-            self.connect_share(&socket).await?;
-            self.plug_share(LateShare { tag, queue_size }).await?;
-            self.reached("share plugged");
+        if self.shared_memory {
+            // The stem's, with another connection.
+            self.running()?.reserve_for_share()?;
         }
         if let Some(copy) = copy {
             copy.done().await?;
             self.reached("memory copied");
         }
         self.resume().await
-    }
-
-    async fn connect_share(&mut self, socket: &OwnedFd) -> Result<(), HypervisorError> {
-        const STEP: &str = "connect the share";
-        let qmp = self.running()?.qmp.clone();
-        let named = Getfd { fdname: SHARE_FD.to_owned() };
-        let answer = qmp.call_with_fd(&named, Some(socket.as_fd()), COMMAND).await;
-        self.explain(STEP, answer).await?;
-        let address = json!({ "type": "fd", "data": { "str": SHARE_FD } });
-        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
-        self.ask(STEP, &ChardevAdd { id: SHARE_SOCKET.to_owned(), backend }).await.map(drop)
     }
 }
 

@@ -16,11 +16,11 @@ use super::qmp::{
     Command, DeviceAdd, Event, Getfd, Migrate, MigrateIncoming, MigrateSetCapabilities,
     MigrateSetParameters, QueryStatus, Stop,
 };
-use super::{Backend, COMMAND, Plugged, Qemu};
+use super::{COMMAND, Qemu};
+use crate::Hypervisor;
 use crate::config::VmConfig;
 use crate::error::{HypervisorError, host};
 use crate::snapshot::{self, CloneMemory, Copying, Snapshot};
-use crate::{DeviceId, Hypervisor};
 
 /// How long saving or restoring the devices may take. It takes some twenty milliseconds.
 const STATE: Duration = Duration::from_secs(10);
@@ -179,18 +179,14 @@ impl Qemu {
 
     /// The share's connection is there from the start; its device comes now.
     pub(super) async fn plug_share(&mut self, share: LateShare) -> Result<(), HypervisorError> {
-        let (port, number) = self.running()?.reserve()?;
-        let id = format!("plugged{number}");
+        let (port, id) = self.running()?.reserve_for_share()?;
         let properties = Map::from_iter([
             ("chardev".to_owned(), json!(SHARE_SOCKET)),
             ("tag".to_owned(), json!(share.tag)),
             ("queue-size".to_owned(), json!(share.queue_size)),
         ]);
         let bus = port_name(port as u32);
-        let device = DeviceAdd { driver: "vhost-user-fs-pci", id: id.clone(), bus, properties };
-        self.ask("plug the share", &device).await?;
-        let plugged = Plugged { id: DeviceId(id), backend: Backend::Share };
-        self.running()?.ports[port] = Some(plugged);
-        Ok(())
+        let device = DeviceAdd { driver: "vhost-user-fs-pci", id, bus, properties };
+        self.ask("plug the share", &device).await.map(drop)
     }
 }

@@ -32,7 +32,7 @@ impl Plan {
         let name: Id = "factory".parse()?;
         let (config, sizing) = recipe.configure(&name)?;
         let vm = recipe::description(&config, &sizing)?;
-        let key = recipe::key(&vm)?;
+        let key = recipe::key(&config, &vm)?;
         // What a processor runs need not be translated.
         let forks = vm.accelerator == Accelerator::Tcg
             && vm_config::network_model(&config) == Model::TcFilter;

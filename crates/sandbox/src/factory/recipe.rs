@@ -76,10 +76,11 @@ pub(crate) fn description(
     Ok(vm)
 }
 
-/// By what a template is found: it is of exactly this machine.
-pub(crate) fn key(vm: &VmConfig) -> Result<String, SandboxError> {
+/// By what a template is found: it is of exactly this machine, and so is the share of a machine
+/// that is forked.
+pub(crate) fn key(config: &SandboxConfig, vm: &VmConfig) -> Result<String, SandboxError> {
     use std::hash::{DefaultHasher, Hash, Hasher};
-    let text = vm.fingerprint()?;
+    let text = format!("{} {}", vm.fingerprint()?, config.hypervisor.virtio_fs_queue_size);
     // The text itself is compared, too: this only makes a short name of it.
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);

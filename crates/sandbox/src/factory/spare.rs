@@ -6,7 +6,7 @@ use super::recipe::Recipe;
 use super::rehearsal::Rehearsal;
 use super::wire::{FromSpare, Take};
 use crate::agent::{Agent, Hello};
-use crate::boot::{Boot, Power};
+use crate::boot::{Boot, Monitor, Power};
 use crate::network::Network;
 use crate::packets::Packets;
 use crate::share::Share;
@@ -198,10 +198,14 @@ impl Rehearsed {
         };
         let none = || SandboxError::Factory("there is no template to make a spare of".to_owned());
         let mut clone = power.template(recipe, false).await.ok_or_else(none)?;
-        if purpose == Purpose::Stem {
-            to_be_forked(&mut clone.vm);
-        }
-        let (share, mut hypervisor) = power.clone_on(&mut network, clone.vm, None).await?;
+        let monitor = match purpose {
+            Purpose::Spare => Monitor::Executed,
+            Purpose::Stem => {
+                to_be_forked(&mut clone.vm);
+                Monitor::ToBeForked
+            }
+        };
+        let (share, mut hypervisor) = power.clone_on(&mut network, clone.vm, monitor).await?;
         let mut network = network.ok_or_else(none)?;
         let socket = hypervisor.take_agent_socket();
         let socket = socket.ok_or(SandboxError::Unsupported("a spare without a serial channel"))?;
@@ -226,7 +230,7 @@ impl Rehearsed {
         Ok(Self { config, sizing, network, share, hypervisor, agent })
     }
 
-    /// Brings the machine to a stand, to be forked: without its share, with an agent that waits
+    /// Brings the machine to a stand, to be forked, with an agent that has left its share and waits
     /// for another connection. What comes along must stay as long as it.
     pub(super) async fn stand_still(self) -> Result<(Stem, impl Sized), SandboxError> {
         let Self { network, share, mut hypervisor, agent, .. } = self;
@@ -241,10 +245,10 @@ impl Rehearsed {
             parked = hypervisor.parked(parking) => parked?,
             error = refused => return Err(error),
         }
-        hypervisor.unplug_share().await?;
         hypervisor.pause().await?;
-        share.end().await;
         let stem = Stem::new(hypervisor)?;
+        // The monitor does not learn of it: forks have another share in its place.
+        share.end().await;
         // The channel says goodbye when it is dropped, and forks would hear that.
         Ok((stem, (agent, network)))
     }
