@@ -12,6 +12,7 @@ use rustix::fs::{SealFlags, fcntl_add_seals};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use rustix::process::{pidfd_getfd, pidfd_open, pidfd_send_signal};
 
+use crate::by_page;
 use crate::descriptors::Descriptors;
 use crate::error::{ForkError, step};
 use crate::maps::{self, Mapping};
@@ -235,7 +236,9 @@ impl Frozen {
                 libc::MAP_SHARED
             }
         };
-        self.shared.iter().try_for_each(|mapping| born.map(mapping, number, flags))
+        self.shared.iter().try_for_each(|mapping| born.map(mapping, number, flags))?;
+        by_page::come(born, &self.shared);
+        Ok(())
     }
 
     /// Changes the command line that others see.

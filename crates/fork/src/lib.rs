@@ -16,7 +16,8 @@
 //!   of its PID namespace; threads can have the numbers that they had only there.
 //! - *Descriptors* (`descriptors.rs`). Each is given anew, made anew, or one of the kinds that
 //!   hold nothing; a process with any other is not forked.
-//! - *Shared memory* is given anew, or becomes private ([`Memory`]).
+//! - *Shared memory* is given anew, or becomes private ([`Memory`]); of either a fork has the pages
+//!   that it touches (`by_page.rs`).
 //! - *`/proc`* shows it alone. Nor may one of them look into another, as none can be dumped.
 //!
 //! A fork dies with the frozen process, which is the first of the PID namespace around its own,
@@ -28,6 +29,7 @@
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("registers and system calls are those of x86-64");
 
+mod by_page;
 mod descriptors;
 mod error;
 mod frozen;

@@ -254,6 +254,34 @@ fn a_fork_shares_the_memory_that_it_is_given() {
 }
 
 #[test]
+fn a_fork_has_of_its_memory_what_it_touches() {
+    let subject = Subject::start(Vec::new());
+    let full = vec![1; LENGTH];
+    let copy = rustix::fs::memfd_create("subject", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    for memory in [&subject.memory, &copy] {
+        File::from(memory.try_clone().unwrap()).write_all_at(&full, 0).unwrap();
+    }
+    let mut line = subject.line.try_clone().unwrap();
+    count(&mut line).unwrap();
+    // Bytes of the memory that are mapped.
+    let mapped = |pid: i32| -> usize {
+        let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+        let memory = smaps.split("/memfd:subject").nth(1).unwrap();
+        let resident = memory.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        let kib: usize = resident.trim().strip_suffix(" kB").unwrap().parse().unwrap();
+        kib << 10
+    };
+    // Who reads a page gets those around it.
+    assert!(mapped(subject.child.pid()) > PAGE);
+    let frozen = subject.freeze();
+    for memory in [Memory::Private, Memory::Shared(copy.as_fd())] {
+        let (forked, mut line) = fork(&frozen, memory);
+        count(&mut line).unwrap();
+        assert_eq!(mapped(forked.pid), PAGE);
+    }
+}
+
+#[test]
 fn the_end_of_a_fork_is_told_with_its_status() {
     let mut subject = Subject::start(Vec::new());
     count(&mut subject.line).unwrap();
