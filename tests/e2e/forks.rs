@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -22,7 +23,9 @@ pub fn trials() -> Vec<Trial<Templates>> {
             fork_has_the_settings_of_a_machine_that_booted,
             fork_has_the_networks_it_is_given_and_no_other,
             hook_finds_a_forks_processes_in_its_cgroup, many_at_once_are_forked,
-            fork_by_nine_p_has_the_owners_of_files, fork_grows_as_far_as_its_share_can_follow, killed_server_takes_its_fork_along,
+            fork_by_nine_p_has_the_owners_of_files, fork_copies_what_it_touches,
+            fork_copies_all_where_the_kernel_does_not_tell,
+            fork_grows_as_far_as_its_share_can_follow, killed_server_takes_its_fork_along,
             killed_fork_is_told_and_leaves_nothing, stem_stays_as_long_as_its_forks,
             killed_stem_ends_its_forks_and_machines_are_cloned;
     ]
@@ -258,6 +261,66 @@ fn fork_by_nine_p_has_the_owners_of_files(templates: &Templates) -> Result<()> {
     Ok(())
 }
 
+/// By virtio-fs the memory is the fork's own, and holds what guest and share have touched.
+fn fork_copies_what_it_touches(templates: &Templates) -> Result<()> {
+    let (name, options) = KINDS[0];
+    ready(templates, name)?;
+    let out = templates.docker.arena.dir("fork-touched")?;
+    let container = forked(templates, &format!("{options} -v {}:/out", out.display()))?;
+    let pid = monitor(templates, &container)?;
+    let idle = held(pid)?;
+    ensure!((1..16).contains(&idle), "{idle} MiB were copied");
+    // Its monitor has no part in it that a guest could use.
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let link = fs::read_link(entry?.path())?;
+        ensure!(!link.to_string_lossy().contains("userfaultfd"), "{}", link.display());
+    }
+    // What it takes into use is the same for it and for what serves its files.
+    same_outside(&container, &out)?;
+    ensure!(held(pid)? >= idle + 60);
+    Ok(())
+}
+
+/// MiB that the host has of the memory of this monitor's guest.
+fn held(pid: i32) -> Result<u64> {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let path = entry?.path();
+        if fs::read_link(&path)?.to_string_lossy().contains("memfd:kata-guest-memory") {
+            return Ok(fs::metadata(&path)?.blocks() * 512 / (1 << 20));
+        }
+    }
+    anyhow::bail!("the guest has no memory")
+}
+
+/// As on a host before Linux 6.1.
+fn fork_copies_all_where_the_kernel_does_not_tell(templates: &Templates) -> Result<()> {
+    const DEVICE: &str = "/dev/userfaultfd";
+    let (name, options) = KINDS[0];
+    ready(templates, name)?;
+    let command = |line: &str| {
+        let words = words(line);
+        command::ok(std::process::Command::new(&words[0]).args(&words[1..]))
+    };
+    command(&format!("mount --bind /dev/null {DEVICE}"))?;
+    let out = templates.docker.arena.dir("fork-copied")?;
+    let container = forked(templates, &format!("{options} -v {}:/out", out.display()));
+    command(&format!("umount {DEVICE}"))?;
+    let container = container?;
+    let held = held(monitor(templates, &container)?)?;
+    ensure!(held > 20, "only {held} MiB were copied");
+    same_outside(&container, &out)
+}
+
+/// What the guest writes to a file that it shares at `/out` is there outside.
+fn same_outside(container: &Container<'_>, out: &Path) -> Result<()> {
+    let copy = "head -c 64m /dev/urandom > /tmp/data && cp /tmp/data /out/ && md5sum < /tmp/data";
+    let guest = container.exec(copy)?;
+    let host = command::ok(std::process::Command::new("md5sum").arg(out.join("data")))?.out();
+    let sum = |text: &str| text.split_whitespace().next().map(str::to_owned);
+    ensure!(sum(&guest) == sum(&host), "in the guest {guest}, on the host {host}");
+    Ok(())
+}
+
 /// The monitor tells of all memory at once, and only of so many pieces.
 fn fork_grows_as_far_as_its_share_can_follow(templates: &Templates) -> Result<()> {
     let (name, options) = KINDS[0];
@@ -289,12 +352,7 @@ fn fork_grows_as_far_as_its_share_can_follow(templates: &Templates) -> Result<()
     let maps = fs::read_to_string(format!("/proc/{}/maps", devices[0]))?;
     let pieces = maps.lines().filter(|line| line.contains("memory-backend-memfd")).count();
     ensure!(pieces == 4, "{maps}");
-    let copy = "head -c 64m /dev/urandom > /tmp/data && cp /tmp/data /out/ && md5sum < /tmp/data";
-    let guest = container.exec(copy)?;
-    let host = command::ok(std::process::Command::new("md5sum").arg(out.join("data")))?.out();
-    let sum = |text: &str| text.split_whitespace().next().map(str::to_owned);
-    ensure!(sum(&guest) == sum(&host), "in the guest {guest}, on the host {host}");
-    Ok(())
+    same_outside(&container, &out)
 }
 
 fn killed_server_takes_its_fork_along(templates: &Templates) -> Result<()> {

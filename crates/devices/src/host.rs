@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::handshake::{self, Message};
 use crate::path::SharePath;
-use crate::serve::{Arguments, Cache, FD_HANDSHAKE, FD_LISTENER};
+use crate::serve::{Arguments, Cache, FD_HANDSHAKE, FD_LISTENER, FD_ORIGIN};
 use crate::tree::{self, FileSystem};
 
 /// Name of the vhost-user socket while it is being connected.
@@ -50,6 +50,9 @@ pub struct Options {
     pub announce_submounts: bool,
     /// What speaks to it.
     pub monitor: Monitor,
+    /// From what it copies the machine's memory when it touches that: the machine's begins empty,
+    /// and its monitor is served alike.
+    pub touched: Option<OwnedFd>,
     /// Where its warnings go; nowhere when absent.
     pub stderr: Option<OwnedFd>,
 }
@@ -62,6 +65,7 @@ impl Default for Options {
             threads: 0,
             announce_submounts: false,
             monitor: Monitor::Executed,
+            touched: None,
             stderr: None,
         }
     }
@@ -93,12 +97,16 @@ impl DevicesProcess {
             threads: options.threads,
             announce_submounts: options.announce_submounts,
             monitor: options.monitor,
+            touched: options.touched.is_some(),
         };
         let mut launch = Launch::role(Role::Devices, options.title, &arguments)?
             .fd(listener, FD_LISTENER)
             .fd(theirs.into(), FD_HANDSHAKE)
             .pid_namespace()
             .die_with_parent();
+        if let Some(origin) = options.touched {
+            launch = launch.fd(origin, FD_ORIGIN);
+        }
         if let Some(stderr) = options.stderr {
             launch = launch.stderr(stderr);
         }

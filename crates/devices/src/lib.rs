@@ -27,6 +27,7 @@ mod kept_pages;
 mod logger;
 mod mounts;
 mod new_mount;
+mod pages;
 mod path;
 mod seccomp;
 mod serve;

@@ -39,6 +39,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_getrandom, libc::SYS_getpid, libc::SYS_gettid, libc::SYS_sigaltstack,
     libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn,
     libc::SYS_restart_syscall, libc::SYS_exit, libc::SYS_exit_group,
+    libc::SYS_clock_nanosleep,
 ];
 
 /// What a new thread may not bring along: namespaces of its own.
@@ -77,6 +78,9 @@ fn allow_list(pid: u32) -> Result<BpfProgram, BackendError> {
     // A panic ends the process with a signal to itself.
     rules.insert(libc::SYS_tgkill, vec![equal(0, pid as i32)?]);
     rules.insert(libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME)?]);
+    // Of no descriptor that it has these mean something else.
+    let requests = kata_pager::REQUESTS.iter().map(|request| equal(1, *request as i32));
+    rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
     build(rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }
 

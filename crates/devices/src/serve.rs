@@ -18,6 +18,7 @@ use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::kept_pages::KeptPages;
+use crate::pages::Pages;
 use crate::vhost_user::Device;
 use crate::{Monitor, confine, handshake, logger, seccomp};
 
@@ -25,6 +26,8 @@ use crate::{Monitor, confine, handshake, logger, seccomp};
 pub(crate) const FD_LISTENER: RawFd = 3;
 /// The line to the server.
 pub(crate) const FD_HANDSHAKE: RawFd = 4;
+/// What the machine's memory is copied from, if that is when it is touched.
+pub(crate) const FD_ORIGIN: RawFd = 5;
 
 /// How long the guest may use what it knows of a name or of a file's attributes, where the
 /// host may change them, too.
@@ -56,6 +59,7 @@ pub(crate) struct Arguments {
     pub threads: usize,
     pub announce_submounts: bool,
     pub monitor: Monitor,
+    pub touched: bool,
 }
 
 /// The role `devices`. Returns when the VMM has closed its socket.
@@ -81,17 +85,20 @@ fn prepare(args: &str) -> anyhow::Result<Device> {
     let arguments: Arguments = serde_json::from_str(args).context("read the role's arguments")?;
     let nofile = confine::raise_descriptor_limit().context("raise the limit of descriptors")?;
     let proc_self_fd = proc_self_fd().context("open /proc/self/fd")?;
+    let pages = arguments.touched.then(Pages::of_self).transpose();
+    let pages = pages.context("ask to be told of missing pages")?;
     confine::enter().context("enter the jail")?;
     let config = config(&arguments, proc_self_fd, nofile.saturating_sub(RESERVED_FDS));
     let fs = PassthroughFs::new(config).context("set up the file system")?;
     let fs = KeptPages { fs, keep: arguments.cache == Cache::Auto };
     // Threads started from here on are filtered, too.
     seccomp::install(std::process::id()).context("install the system call filter")?;
+    let pages = pages.map(Pages::serve).transpose().context("start to copy memory")?;
     let fs = VhostUserFsBackendBuilder::default()
         .set_thread_pool_size(arguments.threads)
         .build(fs)
         .context("set up the vhost-user device")?;
-    Ok(Device { fs, monitor: arguments.monitor })
+    Ok(Device { fs, monitor: arguments.monitor, pages })
 }
 
 /// The process's own descriptors as a directory that leads nowhere else: a detached mount

@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::VhostBackend;
@@ -16,12 +17,13 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringMutex};
 use virtiofsd::vhost_user::VhostUserFsBackend;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use crate::Monitor;
 use crate::kept_pages::KeptPages;
+use crate::pages::Pages;
 
 /// More than one queue, and an answer to what asks for one. Nothing else of what the library
 /// offers is of use: it is for machines that move to other hosts.
@@ -35,6 +37,8 @@ type Memory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
 pub(crate) struct Device {
     pub fs: VhostUserFsBackend<KeptPages>,
     pub monitor: Monitor,
+    /// The machine's memory, if it is copied when it is touched.
+    pub pages: Option<Arc<Pages>>,
 }
 
 impl Device {
@@ -77,6 +81,13 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        if let Some(pages) = &self.pages
+            && let Err(error) = pages.register(&memory.memory())
+        {
+            // The monitor would go on, and the guest wait for its share.
+            log::error!("cannot be told of missing pages: {error}");
+            std::process::exit(1);
+        }
         self.fs.update_memory(memory)
     }
 

@@ -4,10 +4,11 @@
 mod support;
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 
+use kata_devices::{Monitor, Options};
 use support::Share;
-use support::guest::{Guest, ROOT};
+use support::guest::{Guest, MEMORY, REPLY, ROOT};
 
 const NOBODY: u32 = 65534;
 
@@ -195,4 +196,31 @@ fn wild_descriptors_harm_nothing() {
         drop(guest);
         share.wait_for_end();
     }
+}
+
+#[test]
+fn a_page_that_the_device_touches_first_is_the_templates() {
+    let origin = rustix::fs::memfd_create("origin", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let origin = fs::File::from(origin);
+    origin.set_len(MEMORY).unwrap();
+    origin.write_all_at(&[0xab; 8192], REPLY).unwrap();
+    let mut share = Share::start_with(Options {
+        monitor: Monitor::Forked,
+        touched: Some(origin.into()),
+        ..Options::default()
+    });
+    let volume = share.host_dir("volume");
+    share.attach(&volume, "c1/m0", false).unwrap();
+    let mut guest = Guest::start(&mut share);
+    let node = guest.walk("c1/m0").unwrap();
+    // The answer is short; what is behind it in its page is what was there.
+    let mut page = [0; 4096];
+    guest.memory.read_exact_at(&mut page, REPLY).unwrap();
+    assert!(page[..16] != [0xab; 16] && page[1024..] == [0xab; 3072]);
+    // The next page is not there: nobody has touched it.
+    guest.memory.read_exact_at(&mut page, REPLY + 4096).unwrap();
+    assert!(page == [0; 4096]);
+    let (file, handle) = guest.create(node, "made", 0o644).unwrap();
+    guest.write(file, handle, b"content", false).unwrap();
+    assert_eq!(fs::read(volume.join("made")).unwrap(), b"content");
 }

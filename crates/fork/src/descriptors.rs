@@ -117,9 +117,17 @@ impl Descriptors {
         if given.is_empty() {
             return Ok(());
         }
-        self.send(given)?;
+        let fds: Vec<BorrowedFd<'_>> = given.iter().map(|(_, fd)| *fd).collect();
+        self.send(&fds)?;
         let mut both = given.iter().zip(self.receive(fork, given.len())?);
         both.try_for_each(|((number, _), new)| fork.place(new, *number))
+    }
+
+    /// Gives a fork one more; by which number it has it.
+    pub(crate) fn lend(&self, fork: &Puppet<'_>, fd: BorrowedFd<'_>) -> Result<RawFd, ForkError> {
+        self.send(&[fd])?;
+        let none = io::Error::from(io::ErrorKind::InvalidData);
+        self.receive(fork, 1)?.pop().ok_or_else(|| step("lend a descriptor", self.pid)(none))
     }
 
     /// Closes a fork's end of the line: what comes by it later is for others.
@@ -127,12 +135,11 @@ impl Descriptors {
         fork.close(self.line.1)
     }
 
-    fn send(&self, given: &[(RawFd, BorrowedFd<'_>)]) -> Result<(), ForkError> {
-        let fds: Vec<BorrowedFd<'_>> = given.iter().map(|(_, fd)| *fd).collect();
+    fn send(&self, fds: &[BorrowedFd<'_>]) -> Result<(), ForkError> {
         let mut space =
-            vec![std::mem::MaybeUninit::uninit(); SendAncillaryMessage::ScmRights(&fds).size()];
+            vec![std::mem::MaybeUninit::uninit(); SendAncillaryMessage::ScmRights(fds).size()];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&fds));
+        control.push(SendAncillaryMessage::ScmRights(fds));
         let byte = [io::IoSlice::new(&[0])];
         sendmsg(self.line.0.as_fd(), &byte, &mut control, SendFlags::NOSIGNAL)
             .map_err(step("send descriptors to a fork", self.pid))?;

@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use kata_pager::{Faults, Mapping as Piece, Origin};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use rustix::process::{pidfd_getfd, pidfd_open, pidfd_send_signal};
@@ -46,6 +47,23 @@ pub enum Memory<'a> {
     Private,
     /// This file, which holds a copy of it.
     Shared(BorrowedFd<'a>),
+    /// A file that is empty: who is given [`Forked::touches`] copies what the fork touches.
+    Touched {
+        /// That file, as long as the memory.
+        file: BorrowedFd<'a>,
+        /// The device of `kata_pager`.
+        device: BorrowedFd<'a>,
+    },
+}
+
+/// What a fork touches of its memory.
+#[derive(Debug)]
+pub struct Touches {
+    /// It waits until these are served. If the last descriptor of them is closed before it has
+    /// ended, it goes on with zeros.
+    pub faults: Faults,
+    /// Where its memory is that has something to be copied.
+    pub pieces: Vec<Piece>,
 }
 
 /// What is a fork's own.
@@ -71,6 +89,8 @@ pub struct Forked {
     pub pid: i32,
     /// To signal it, and to learn that it ended.
     pub pidfd: OwnedFd,
+    /// With memory of which it has what it touches.
+    pub touches: Option<Touches>,
     /// As its parent knows it, which is the frozen process.
     number: i32,
 }
@@ -87,6 +107,8 @@ pub struct Frozen {
     descriptors: Descriptors,
     /// Mappings of the shared memory.
     shared: Vec<Mapping>,
+    /// The parts of them that hold something.
+    held: Vec<Piece>,
     scratch: u64,
     /// The command line, and where it is.
     arguments: (u64, Vec<u8>),
@@ -107,8 +129,7 @@ impl Frozen {
         memory: BorrowedFd<'_>,
         settle: impl FnOnce() -> io::Result<()>,
     ) -> Result<Self, ForkError> {
-        let of = Pid::from_raw(pid).ok_or(ForkError::Ended(pid))?;
-        let pidfd = pidfd_open(of, PidfdFlags::empty()).map_err(step("open a pidfd", pid))?;
+        let pidfd = pidfd_of(pid)?;
         let tracees = stop_all(pid)?;
         let first = tracees[0].registers()?;
         let scratch = map_scratch(tracees[0], &first)?;
@@ -119,8 +140,12 @@ impl Frozen {
         settle().map_err(step("settle the shared memory", pid))?;
         fcntl_add_seals(memory, SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW)
             .map_err(step("seal the shared memory", pid))?;
-        let found = memory.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
-        let found = found.map_err(step("look at the shared memory", pid))?;
+        let look = || step("look at the shared memory", pid);
+        let memory = memory.try_clone_to_owned().map_err(look())?;
+        let found = memory.try_clone().and_then(|fd| File::from(fd).metadata()).map_err(look())?;
+        let shared = shared(pid, found.ino())?;
+        let pieces: Vec<Piece> = shared.iter().map(Mapping::piece).collect();
+        let held = Origin::new(memory).held(&pieces).map_err(look())?;
         let descriptors = Descriptors::of(pid, &found, line)?;
         let own = |name| {
             let path = format!("/proc/self/{name}");
@@ -131,7 +156,8 @@ impl Frozen {
             pid,
             pidfd,
             descriptors,
-            shared: shared(pid, found.ino())?,
+            shared,
+            held,
             scratch,
             arguments: arguments(pid)?,
             user_map: own("uid_map")?,
@@ -181,12 +207,10 @@ impl Frozen {
         let arguments = self.threads[0].first_arguments(NAMESPACES);
         let (born, number) = self.first()?.bear("fork", &arguments)?;
         let mut tracees = vec![born];
-        let completed = self.complete(&mut tracees, plan).and_then(|()| {
-            let pid = Pid::from_raw(born.0).ok_or(ForkError::Ended(born.0))?;
-            let pidfd = pidfd_open(pid, PidfdFlags::empty());
-            let pidfd = pidfd.map_err(step("open a pidfd", born.0))?;
+        let completed = pidfd_of(born.0).and_then(|pidfd| {
+            let touches = self.complete(&mut tracees, &pidfd, plan)?;
             tracees.iter().try_for_each(|tracee| tracee.release())?;
-            Ok(Forked { pid: born.0, pidfd, number })
+            Ok(Forked { pid: born.0, pidfd, touches, number })
         });
         if completed.is_err() {
             self.abandon(&tracees, number);
@@ -196,7 +220,12 @@ impl Frozen {
 
     /// Makes a newborn process what the plan says; it does not run yet. What is in it goes into
     /// `tracees`, where its first thread is.
-    fn complete(&self, tracees: &mut Vec<Tracee>, plan: &Plan<'_>) -> Result<(), ForkError> {
+    fn complete(
+        &self,
+        tracees: &mut Vec<Tracee>,
+        pidfd: &OwnedFd,
+        plan: &Plan<'_>,
+    ) -> Result<Option<Touches>, ForkError> {
         let born = self.puppet(tracees[0])?;
         for (name, map) in [("uid_map", &self.user_map), ("gid_map", &self.group_map)] {
             fs::write(format!("/proc/{}/{name}", born.tracee.0), map)
@@ -207,7 +236,7 @@ impl Frozen {
         for (number, path) in plan.emptied {
             born.mount_empty(path, *number)?;
         }
-        self.map(&born, plan.memory)?;
+        let touches = self.map(&born, pidfd, plan.memory)?;
         self.descriptors.hang_up(&born)?;
         self.rename(&born, plan.argument)?;
         for thread in &self.threads[1..] {
@@ -218,11 +247,17 @@ impl Frozen {
         tracees
             .iter()
             .zip(&self.threads)
-            .try_for_each(|(tracee, thread)| thread.dress(*tracee, kept))
+            .try_for_each(|(tracee, thread)| thread.dress(*tracee, kept))?;
+        Ok(touches)
     }
 
     /// Maps the fork's memory where the process shares its own.
-    fn map(&self, born: &Puppet<'_>, what: Memory<'_>) -> Result<(), ForkError> {
+    fn map(
+        &self,
+        born: &Puppet<'_>,
+        pidfd: &OwnedFd,
+        what: Memory<'_>,
+    ) -> Result<Option<Touches>, ForkError> {
         let mut numbers = self.descriptors.memory().peekable();
         let Some(number) = numbers.peek().copied() else {
             let what = "it has closed its shared memory".to_owned();
@@ -230,15 +265,20 @@ impl Frozen {
         };
         let flags = match what {
             Memory::Private => libc::MAP_PRIVATE,
-            Memory::Shared(file) => {
+            Memory::Shared(file) | Memory::Touched { file, .. } => {
                 let given: Vec<_> = numbers.map(|number| (number, file)).collect();
                 self.descriptors.give(born, &given)?;
                 libc::MAP_SHARED
             }
         };
         self.shared.iter().try_for_each(|mapping| born.map(mapping, number, flags))?;
-        by_page::come(born, &self.shared);
-        Ok(())
+        let Memory::Touched { device, .. } = what else {
+            by_page::come(born, pidfd, &self.shared);
+            return Ok(None);
+        };
+        let pieces = self.held.clone();
+        let faults = by_page::faults(born, pidfd, &self.descriptors, device, &pieces)?;
+        Ok(Some(Touches { faults, pieces }))
     }
 
     /// Changes the command line that others see.
@@ -303,6 +343,11 @@ impl Drop for Frozen {
         let others = self.threads[1..].iter().map(|thread| thread.tracee);
         tracee::take_note(&others.collect::<Vec<_>>());
     }
+}
+
+fn pidfd_of(pid: i32) -> Result<OwnedFd, ForkError> {
+    let of = Pid::from_raw(pid).ok_or(ForkError::Ended(pid))?;
+    pidfd_open(of, PidfdFlags::empty()).map_err(step("open a pidfd", pid))
 }
 
 /// Stops all threads when each of them waits.

@@ -16,8 +16,8 @@
 //!   of its PID namespace; threads can have the numbers that they had only there.
 //! - *Descriptors* (`descriptors.rs`). Each is given anew, made anew, or one of the kinds that
 //!   hold nothing; a process with any other is not forked.
-//! - *Shared memory* is given anew, or becomes private ([`Memory`]); of either a fork has the pages
-//!   that it touches (`by_page.rs`).
+//! - *Shared memory* is given anew, or becomes private ([`Memory`]), and comes page by page
+//!   (`by_page.rs`).
 //! - *`/proc`* shows it alone. Nor may one of them look into another, as none can be dumped.
 //!
 //! A fork dies with the frozen process, which is the first of the PID namespace around its own,
@@ -40,4 +40,4 @@ mod tracee;
 mod zeros;
 
 pub use error::ForkError;
-pub use frozen::{Forked, Frozen, Memory, Plan};
+pub use frozen::{Forked, Frozen, Memory, Plan, Touches};

@@ -25,6 +25,11 @@ impl Mapping {
     pub(crate) fn length(&self) -> u64 {
         self.end - self.start
     }
+
+    /// As a piece of its file.
+    pub(crate) fn piece(&self) -> kata_pager::Mapping {
+        kata_pager::Mapping { start: self.start, length: self.length(), offset: self.offset }
+    }
 }
 
 /// All of them, in the order of their addresses (proc_pid_smaps(5)).

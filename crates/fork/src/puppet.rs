@@ -58,12 +58,6 @@ impl<'a> Puppet<'a> {
         Ok(self.scratch + offset)
     }
 
-    /// Writes numbers into it.
-    pub(crate) fn write_words(&self, offset: u64, words: &[u64]) -> Result<u64, ForkError> {
-        self.memory.write_words(self.scratch + offset, words)?;
-        Ok(self.scratch + offset)
-    }
-
     /// Where this is in the scratch memory.
     pub(crate) fn scratch(&self, offset: u64) -> u64 {
         self.scratch + offset

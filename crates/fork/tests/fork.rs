@@ -282,6 +282,40 @@ fn a_fork_has_of_its_memory_what_it_touches() {
 }
 
 #[test]
+fn what_a_fork_touches_is_copied_by_who_is_told() {
+    use std::os::unix::fs::MetadataExt;
+    let mut subject = Subject::start(Vec::new());
+    count(&mut subject.line).unwrap();
+    let frozen = subject.freeze();
+    let copy = rustix::fs::memfd_create("copy", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let copy = File::from(copy);
+    copy.set_len(LENGTH as u64).unwrap();
+    let device = kata_pager::device().unwrap();
+    let (forked, mut line) =
+        fork(&frozen, Memory::Touched { file: copy.as_fd(), device: device.as_fd() });
+    // It has no descriptor of it.
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", forked.pid)).unwrap() {
+        let name = std::fs::read_link(entry.unwrap().path()).unwrap();
+        assert!(!name.to_str().unwrap().contains("userfaultfd"), "{name:?}");
+    }
+    line.write_all(b"c").unwrap();
+    // It waits.
+    line.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(line.read(&mut [0]).is_err());
+    let kata_fork::Touches { faults, pieces } = forked.touches.unwrap();
+    let origin = kata_pager::Origin::new(subject.memory.try_clone().unwrap());
+    let _pager = kata_pager::Pager::start(faults, origin, pieces, |error| panic!("{error}"));
+    line.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut bytes = [0; 12];
+    line.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes[..4], 2_u32.to_ne_bytes());
+    assert_eq!(
+        (first_count(&copy.try_clone().unwrap().into()), copy.metadata().unwrap().blocks()),
+        (2, 8)
+    );
+}
+
+#[test]
 fn the_end_of_a_fork_is_told_with_its_status() {
     let mut subject = Subject::start(Vec::new());
     count(&mut subject.line).unwrap();

@@ -1,13 +1,13 @@
 //! What a machine is made of.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::snapshot::Start;
+use crate::snapshot::{ForkMemory, Start};
 use crate::vsock::VsockDevice;
 
 /// The virtual hardware.
@@ -249,6 +249,15 @@ impl VmConfig {
     /// Whether it goes on where another one stands still.
     pub(crate) fn is_fork(&self) -> bool {
         matches!(self.start, Start::Fork { .. })
+    }
+
+    /// What it copies its memory from when it is touched, if it does: all who share its memory
+    /// have to.
+    pub fn touched(&self) -> Option<BorrowedFd<'_>> {
+        match &self.start {
+            Start::Fork { from, memory: ForkMemory::Touched } => Some(from.whole.as_fd()),
+            _ => None,
+        }
     }
 
     /// Whether memory may be added while it runs. A microvm with ACPI has no slots for it.

@@ -37,8 +37,9 @@ pub use config::{
 pub use console::Console;
 pub use error::HypervisorError;
 pub use exit::{Exited, VmExit};
+pub use kata_fork::{Forked, Touches};
 pub use qemu::{Parking, Qemu, QmpError, Stem, find_firmware};
-pub use snapshot::{CloneMemory, ForkOrder, Snapshot, Start};
+pub use snapshot::{CloneMemory, ForkMemory, ForkOrder, Snapshot, Start, StemMemory};
 pub use vsock::{VHOST_VSOCK, VsockDevice, vsock_available};
 
 /// Something to plug into a running machine.

@@ -6,15 +6,14 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+use kata_pager::held_from;
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, copy_file_range, fallocate, fcntl_add_seals,
-    fcntl_get_seals, memfd_create, seek,
+    FallocateFlags, MemfdFlags, SealFlags, copy_file_range, fallocate, fcntl_add_seals,
+    fcntl_get_seals, memfd_create,
 };
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
@@ -47,11 +46,67 @@ pub enum Start {
     /// It goes on where the machine of a [`crate::Stem`] stands still, when its monitor is forked
     /// ([`crate::Qemu::order`]). As for a clone, everything else must be as that machine's was.
     Fork {
-        /// The memory of the machine that stands still, which nobody changes any more.
-        from: OwnedFd,
+        /// The memory of the machine that stands still.
+        from: StemMemory,
         /// What becomes of it.
-        memory: CloneMemory,
+        memory: ForkMemory,
     },
+}
+
+/// The memory of a machine that stands still, which nobody changes any more.
+#[derive(Debug)]
+pub struct StemMemory {
+    /// All of it.
+    pub whole: OwnedFd,
+    /// The pages of it that are not as in the template it was cloned from, each in its place: what
+    /// the guest has used to build a container, and will use soon in each fork.
+    pub lively: OwnedFd,
+}
+
+impl StemMemory {
+    /// Of a machine that stands still, and the memory of its template.
+    pub(crate) fn new(whole: OwnedFd, template: BorrowedFd<'_>) -> io::Result<Self> {
+        let lively = changed(whole.as_fd(), template)?;
+        Ok(Self { whole, lively })
+    }
+
+    /// To hand them to another process.
+    pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.whole.as_fd(), self.lively.as_fd()]
+    }
+
+    /// As another process has handed them over.
+    pub fn from_fds([whole, lively]: [OwnedFd; 2]) -> Self {
+        Self { whole, lively }
+    }
+
+    /// Bytes of the host's memory that it takes.
+    pub fn bytes(&self) -> u64 {
+        let blocks = |fd| rustix::fs::fstat(fd).map_or(0, |stat| stat.st_blocks.cast_unsigned());
+        self.fds().into_iter().map(blocks).sum::<u64>() * 512
+    }
+}
+
+/// A file that holds the pages of one that are not in another.
+fn changed(now: BorrowedFd<'_>, before: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let changed = memfd("kata-guest-memory-changed")?;
+    rustix::fs::ftruncate(&changed, rustix::fs::fstat(now)?.st_size.cast_unsigned())?;
+    let [now_file, before] = [now, before].map(|fd| fd.try_clone_to_owned().map(File::from));
+    let (now_file, before) = (now_file?, before?);
+    let (mut page, mut old) = ([0; PAGE], [0; PAGE]);
+    let mut at = 0;
+    while let Some(held) = held_from(now, at)? {
+        for place in held.clone().step_by(PAGE) {
+            now_file.read_exact_at(&mut page, place)?;
+            before.read_exact_at(&mut old, place)?;
+            if page != old {
+                copy_range(now, changed.as_fd(), place, place + PAGE as u64)?;
+            }
+        }
+        at = held.end;
+    }
+    fcntl_add_seals(&changed, SEALS)?;
+    Ok(changed)
 }
 
 /// What a fork is to be.
@@ -60,7 +115,7 @@ pub struct ForkOrder {
     /// Name of the machine.
     pub id: String,
     /// What its memory is.
-    pub memory: CloneMemory,
+    pub memory: ForkMemory,
     /// What goes with it, as [`crate::Stem::fork`] expects it.
     pub fds: Vec<OwnedFd>,
 }
@@ -74,6 +129,31 @@ pub enum CloneMemory {
     Private,
     /// A copy of all that the snapshot holds, which vhost-user processes can share.
     Copied,
+}
+
+/// What a fork does with the memory of the machine that stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ForkMemory {
+    /// As [`CloneMemory::Private`].
+    Private,
+    /// As [`CloneMemory::Copied`].
+    Copied,
+    /// A copy of what is touched, and beforehand of what will be soon, which vhost-user processes
+    /// can share.
+    Touched,
+}
+
+impl ForkMemory {
+    /// As a clone has it; but what would be copied is copied when it is touched, where the kernel
+    /// tells of that.
+    pub fn of(clone: CloneMemory) -> Self {
+        match clone {
+            CloneMemory::Private => Self::Private,
+            CloneMemory::Copied if kata_pager::is_available() => Self::Touched,
+            CloneMemory::Copied => Self::Copied,
+        }
+    }
 }
 
 /// A machine that was saved.
@@ -204,15 +284,6 @@ pub(crate) fn give_back_zeros(memory: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// The next bytes that there are from this place on; what is between them are holes.
-fn held_from(memory: BorrowedFd<'_>, at: u64) -> io::Result<Option<Range<u64>>> {
-    match seek(memory, SeekFrom::Data(at)) {
-        Ok(start) => Ok(Some(start..seek(memory, SeekFrom::Hole(start))?)),
-        Err(Errno::NXIO) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
 fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
     let (mut read_at, mut write_at) = (start, start);
     while read_at < end {
@@ -261,6 +332,26 @@ mod tests {
         file.read_exact_at(&mut buffer, 1 << 20).unwrap();
         assert_eq!(buffer, [0; 5]);
         assert!(rustix::fs::fstat(&file).unwrap().st_blocks < 64);
+    }
+
+    #[test]
+    fn what_has_changed_since_is_what_differs() {
+        let (before, now) = (guest_memory(1).unwrap(), guest_memory(1).unwrap());
+        let [old, new] = [&before, &now].map(|fd| File::from(fd.try_clone().unwrap()));
+        for (page, was, is) in [(1, 5, 5), (2, 5, 6), (3, 0, 7), (4, 8, 0)] {
+            old.write_all_at(&[was; 9], page * PAGE as u64).unwrap();
+            new.write_all_at(&[is; 9], page * PAGE as u64 + u64::from(is == 7)).unwrap();
+        }
+        let memory = StemMemory::new(now, before.as_fd()).unwrap();
+        assert_eq!(memory.bytes(), 7 * PAGE as u64);
+        let file = File::from(memory.lively);
+        let page = |page: u64| {
+            let mut bytes = [9; 2];
+            file.read_exact_at(&mut bytes, page * PAGE as u64).unwrap();
+            bytes
+        };
+        assert_eq!([0, 1, 2, 3, 4].map(page), [[0, 0], [0, 0], [6, 6], [0, 7], [0, 0]]);
+        assert!(file.set_len(1).is_err());
     }
 
     #[test]

@@ -6,14 +6,14 @@ use crate::joining::Joining;
 use crate::network::Network;
 use crate::packets::Packets;
 use crate::process::lock;
-use crate::share::{Greeting, Share};
+use crate::share::{self, Greeting, Share};
 use crate::stages::Stages;
 use crate::state::{Resource, StateFile};
 use crate::vm_config::{self, Later};
 use crate::{SandboxDir, SandboxError};
 use kata_cgroups::{Cgroup, Hierarchy};
 use kata_config::{SandboxConfig, Sizing};
-use kata_hypervisor::{Hypervisor, Qemu, Start, VmConfig};
+use kata_hypervisor::{ForkMemory, Hypervisor, Qemu, Start, VmConfig};
 use kata_network::{Mac, Model, Netns};
 use kata_oci::Spec;
 use kata_protocol::{Id, chain};
@@ -100,7 +100,7 @@ async fn adopt(
     warm: Warm,
 ) -> Result<Started, SandboxError> {
     let Warm { machine, line, .. } = warm;
-    let Rehearsed { config, sizing, mut network, share, mut hypervisor, agent } = machine;
+    let Rehearsed { config, sizing, mut network, share, mut hypervisor, agent, .. } = machine;
     hypervisor.resume().await?;
     stages.mark("monitor goes on");
     let joining = Joining::new(make_cgroup(boot.spec, boot.container, state)?);
@@ -206,6 +206,7 @@ impl Power<'_> {
             let (start, keeper) = match factory::fetch(&key, recipe, forks).await? {
                 Some(Template::Saved(snapshot)) => (Start::Clone { snapshot, memory }, None),
                 Some(Template::Standing(keeper, from)) => {
+                    let memory = ForkMemory::of(memory);
                     (Start::Fork { from, memory }, Some(keeper))
                 }
                 None => return Ok(None),
@@ -259,7 +260,8 @@ impl Power<'_> {
         }
         vm.nics = nics.into_iter().map(|(tap, mac)| vm_config::nic(tap, mac)).collect();
         self.stages.mark("taps made");
-        let (share, device) = Share::start(config, boot.sandbox, boot.dir, monitor.of_devices())?;
+        let of = share::Of { monitor: monitor.of_devices(), touched: vm.touched() };
+        let (share, device) = Share::start(config, boot.sandbox, boot.dir, of)?;
         let greeting = match monitor {
             Monitor::Fork(_) => Greeting::begin(&device),
             Monitor::Executed | Monitor::ToBeForked => None,
@@ -303,11 +305,12 @@ impl Power<'_> {
         greeting: Option<Greeting>,
     ) -> Result<(), SandboxError> {
         let order = hypervisor.order().await?;
-        let child = keeper.fork(order).await.map_err(SandboxError::io("fork a monitor"))?;
+        let forked = keeper.fork(order).await;
+        let (child, touches) = forked.map_err(SandboxError::io("fork a monitor"))?;
         if let Some(greeting) = greeting {
             greeting.done().await?;
         }
-        hypervisor.forked(child).await?;
+        hypervisor.forked(child, touches).await?;
         // It is no child of this process.
         self.join(hypervisor.pid()).await;
         Ok(())

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use tokio::io::unix::AsyncFd;
 
 /// Most descriptors that come with one packet.
-pub const MOST_FDS: usize = 8;
+pub const MOST_FDS: usize = 16;
 /// Longest packet, bytes.
 const MAX_PACKET: usize = 64 << 10;
 

@@ -7,7 +7,7 @@ use kata_hypervisor::{Qemu, Share as Device};
 use kata_jail::Child;
 use kata_protocol::{Id, SHARE_MOUNT, SHARE_TAG, agent as message};
 use kata_storage::{Attachment, FileSystem, Source};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::{Mutex, OnceCell};
@@ -36,6 +36,14 @@ pub(crate) enum Share {
     },
 }
 
+/// Of what kind of machine it is.
+pub(crate) struct Of<'a> {
+    /// What speaks to a devices process.
+    pub monitor: Monitor,
+    /// From what the memory is copied that it touches, if it is.
+    pub touched: Option<BorrowedFd<'a>>,
+}
+
 /// A devices process that is being spoken to in a monitor's place.
 pub(crate) struct Greeting(JoinHandle<std::io::Result<()>>);
 
@@ -61,12 +69,12 @@ impl Share {
         config: &SandboxConfig,
         sandbox: &Id,
         dir: &SandboxDir,
-        monitor: Monitor,
+        of: Of<'_>,
     ) -> Result<(Self, Device), SandboxError> {
         let tag = SHARE_TAG.to_owned();
         match config.hypervisor.shared_fs {
             SharedFs::VirtioFs => {
-                let options = options(config, sandbox, dir, monitor)?;
+                let options = options(config, sandbox, dir, of)?;
                 let (devices, socket) = DevicesProcess::spawn(dir.path(), options)?;
                 let queue_size = config.hypervisor.virtio_fs_queue_size;
                 let device = Device::VhostUserFs { socket, tag, queue_size };
@@ -202,8 +210,9 @@ fn options(
     config: &SandboxConfig,
     sandbox: &Id,
     dir: &SandboxDir,
-    monitor: Monitor,
+    of: Of<'_>,
 ) -> Result<kata_devices::Options, SandboxError> {
+    let touched = of.touched.map(|origin| origin.try_clone_to_owned()).transpose();
     let log: OwnedFd = std::fs::File::options()
         .append(true)
         .create(true)
@@ -213,7 +222,8 @@ fn options(
     Ok(kata_devices::Options {
         title: format!("kata-devices {sandbox}").into(),
         cache: cache(config.hypervisor.virtio_fs_cache),
-        monitor,
+        monitor: of.monitor,
+        touched: touched.map_err(SandboxError::io("share a template's memory"))?,
         stderr: Some(log),
         ..Default::default()
     })

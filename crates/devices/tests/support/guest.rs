@@ -17,7 +17,7 @@ use super::Share;
 
 /// How long a busy machine may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-const MEMORY: u64 = 1 << 20;
+pub const MEMORY: u64 = 1 << 20;
 /// The device sees guest addresses; vhost-user messages carry the VMM's. Any base will do.
 const VMM_BASE: u64 = 0x7000_0000;
 const QUEUE: u16 = 16;
@@ -25,7 +25,7 @@ const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const REQUEST: u64 = 0x10000;
-const REPLY: u64 = 0x40000;
+pub const REPLY: u64 = 0x40000;
 const REPLY_SIZE: u32 = 0x10000;
 /// The queue for requests; 0 is for those that must not wait.
 const REQUESTS: usize = 1;
@@ -35,7 +35,7 @@ pub const ROOT: u64 = 1;
 /// A guest's driver, after FUSE_INIT.
 pub struct Guest {
     _frontend: Frontend,
-    memory: File,
+    pub memory: File,
     kick: EventFd,
     call: EventFd,
     device: OwnedFd,

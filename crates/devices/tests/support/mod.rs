@@ -39,8 +39,12 @@ pub struct Share {
 
 impl Share {
     pub fn start() -> Self {
+        Self::start_with(Options::default())
+    }
+
+    pub fn start_with(options: Options) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (process, vmm) = DevicesProcess::spawn(dir.path(), Options::default()).unwrap();
+        let (process, vmm) = DevicesProcess::spawn(dir.path(), options).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the socket's name stays");
         process.ready().unwrap();
         Self { process, vmm: Some(vmm), dir }

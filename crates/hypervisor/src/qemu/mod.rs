@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use kata_jail::{Child, Launch};
+use kata_pager::Pager;
 use tokio::net::UnixStream;
 use tokio::sync::broadcast;
 
@@ -106,6 +107,8 @@ struct Running {
     vhost_net: bool,
     /// What a fork of it would need, if its memory is its own.
     numbers: Numbers,
+    /// What copies its memory when it is touched.
+    pager: Option<Arc<Pager>>,
 }
 
 /// A plugged device, and what it leaves on the host's side.
@@ -333,6 +336,7 @@ impl Qemu {
             plugged: 0,
             vhost_net,
             numbers,
+            pager: None,
         });
         let console = self.console.clone();
         self.watch.start(child, &qmp, reader, ends.console, ends.stderr, console)?;

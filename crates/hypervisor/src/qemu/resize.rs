@@ -275,6 +275,7 @@ impl Qemu {
     async fn add_memory(&mut self, mib: u32, number: u32) -> Result<(), HypervisorError> {
         const STEP: &str = "add memory";
         self.up().await?;
+        self.complete().await?;
         let (memory, id) = (format!("memory{number}"), format!("dimm{number}"));
         let backend = ObjectAdd {
             qom_type: "memory-backend-memfd",
@@ -326,7 +327,7 @@ mod tests {
     use super::*;
     use crate::config::Share;
     use crate::qemu::sample_config;
-    use crate::{CloneMemory, Start};
+    use crate::{ForkMemory, Start, StemMemory};
     use serde_json::json;
 
     fn room(change: impl FnOnce(&mut VmConfig)) -> Room {
@@ -349,9 +350,10 @@ mod tests {
         full.memory = Memory::Dimms { used: 10, slots: 10 };
         assert_eq!(full.missing(4096), 0);
         let fork = room(|config| {
-            let from = std::fs::File::open("/dev/null").unwrap().into();
-            config.start = Start::Fork { from, memory: CloneMemory::Copied };
-            let socket = std::fs::File::open("/dev/null").unwrap().into();
+            let [whole, lively, socket] =
+                [(); 3].map(|()| std::fs::File::open("/dev/null").unwrap().into());
+            let from = StemMemory::from_fds([whole, lively]);
+            config.start = Start::Fork { from, memory: ForkMemory::Touched };
             config.share = Some(Share::VhostUserFs { socket, tag: "t".into(), queue_size: 64 });
         });
         assert_eq!(fork.memory, Memory::Dimms { used: 0, slots: 4 });

@@ -15,8 +15,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::ExitStatus;
 use std::sync::Arc;
 
-use kata_fork::{Forked, Frozen, Memory, Plan};
+use kata_fork::{Forked, Frozen, Memory, Plan, Touches};
 use kata_jail::{Capability, Child};
+use kata_pager::{Origin, Pager};
 
 use super::args::{Numbers, name};
 use super::cage::{FOR_9P, SHARE};
@@ -25,7 +26,7 @@ use super::{Ports, Qemu};
 use crate::Hypervisor;
 use crate::config::{Machine, Nic, Share, VmConfig};
 use crate::error::{HypervisorError, host};
-use crate::snapshot::{self, CloneMemory, Copying, ForkOrder, Start};
+use crate::snapshot::{self, Copying, ForkMemory, ForkOrder, Start, StemMemory};
 
 /// Number of standard error.
 const STDERR: RawFd = 2;
@@ -40,7 +41,7 @@ pub struct Stem {
     /// Before the monitor, which learns of its end by this.
     frozen: Frozen,
     qemu: Qemu,
-    memory: OwnedFd,
+    memory: StemMemory,
     /// What a fork's descriptors stand for, in the order in which they come.
     numbers: Vec<RawFd>,
     /// Where 9p has the share.
@@ -56,11 +57,11 @@ impl Stem {
 
     /// Brings a machine to a stand, which has stopped, and whose agent has left the share and
     /// waits for another connection. What serves the share must not end before: from then on the
-    /// monitor learns of nothing.
+    /// monitor learns of nothing. `template` is the memory that it was cloned from.
     ///
     /// # Errors
     /// It is no clone with memory of its own, or its monitor cannot be forked.
-    pub fn new(mut qemu: Qemu) -> Result<Self, HypervisorError> {
+    pub fn new(mut qemu: Qemu, template: BorrowedFd<'_>) -> Result<Self, HypervisorError> {
         let memory = qemu.memory.take();
         let memory = memory.ok_or(HypervisorError::State("no clone with a copy of its memory"))?;
         let running = qemu.running()?;
@@ -71,12 +72,13 @@ impl Stem {
         let sockets = [Some(numbers.qmp), Some(numbers.console), numbers.agent, Some(STDERR)];
         let devices = numbers.taps.into_iter().chain(numbers.share);
         let numbers = sockets.into_iter().flatten().chain(devices).collect();
+        let memory = StemMemory::new(memory, template).map_err(host("compare memory"))?;
         Ok(Self { frozen, qemu, memory, numbers, root, name: name(&Self::name()) })
     }
 
     /// Its memory, from which a fork's is copied.
-    pub fn memory(&self) -> BorrowedFd<'_> {
-        self.memory.as_fd()
+    pub fn memory(&self) -> &StemMemory {
+        &self.memory
     }
 
     /// Whether it still stands; none of its forks lives if not.
@@ -91,18 +93,22 @@ impl Stem {
     pub fn fork(
         &self,
         id: &str,
-        memory: CloneMemory,
+        memory: ForkMemory,
         mut fds: Vec<OwnedFd>,
     ) -> Result<Forked, HypervisorError> {
-        let own = match memory {
-            CloneMemory::Copied => fds.pop(),
-            CloneMemory::Private => None,
+        // What else there is are its own memory and the pager's device.
+        let more = fds.split_off(self.numbers.len().min(fds.len()));
+        let memory = match (memory, more.as_slice()) {
+            (ForkMemory::Private, []) => Some(Memory::Private),
+            (ForkMemory::Copied, [own]) => Some(Memory::Shared(own.as_fd())),
+            (ForkMemory::Touched, [own, device]) => {
+                Some(Memory::Touched { file: own.as_fd(), device: device.as_fd() })
+            }
+            _ => None,
         };
-        if fds.len() != self.numbers.len() || own.is_some() != (memory == CloneMemory::Copied) {
-            return Err(HypervisorError::Config(
-                "a fork needs a descriptor for each of the stem's",
-            ));
-        }
+        let memory = memory.filter(|_| fds.len() == self.numbers.len());
+        let memory = memory
+            .ok_or(HypervisorError::Config("a fork needs a descriptor for each of the stem's"))?;
         let given: Vec<_> = self.numbers.iter().copied().zip(fds.iter().map(AsFd::as_fd)).collect();
         let emptied: Vec<_> = self.root.iter().map(|root| (*root, SHARE)).collect();
         // Devices are made by the host's own root only.
@@ -111,10 +117,7 @@ impl Stem {
         let plan = Plan {
             given: &given,
             emptied: &emptied,
-            memory: match &own {
-                Some(own) => Memory::Shared(own.as_fd()),
-                None => Memory::Private,
-            },
+            memory,
             argument: (&self.name, &name(id)),
             capabilities: kept.fold(0, |all, capability| all | 1 << capability as u64),
         };
@@ -148,9 +151,19 @@ impl Stem {
 pub(super) struct Ordered {
     config: VmConfig,
     ends: Ends,
-    /// Its memory is being copied. Until it goes on nobody looks at that: its processors stand
+    filling: Filling,
+}
+
+/// How the memory comes to hold what the stem's does.
+#[derive(Debug)]
+enum Filling {
+    /// It is what the stem's is, until the machine writes to it.
+    None,
+    /// It is being copied. Until the machine goes on nobody looks at it: its processors stand
     /// still, it takes no frame, and nobody speaks with its agent yet.
-    copy: Option<Copying>,
+    Copied(Copying),
+    /// What will be touched soon is, too; the rest is from this, when it is touched.
+    Touched(Copying, Origin),
 }
 
 /// Where the monitor's 9p server begins to look for files, if it has one.
@@ -189,15 +202,24 @@ impl Qemu {
         if let Some(Share::VhostUserFs { socket, .. }) = config.share.take() {
             fds.push(socket);
         }
-        let mut copy = None;
-        if memory == CloneMemory::Copied {
-            let own = snapshot::guest_memory(config.memory_mib).map_err(host("make memory"))?;
-            let to = own.try_clone().map_err(host("share memory"))?;
-            copy = Some(Copying::begin(from, to));
+        let mut begin = |what| {
+            let own = snapshot::guest_memory(config.memory_mib)?;
+            let copying = Copying::begin(what, own.try_clone()?);
             fds.push(own);
-        }
+            Ok::<_, std::io::Error>(copying)
+        };
+        let StemMemory { whole, lively } = from;
+        let filling = match memory {
+            ForkMemory::Private => Filling::None,
+            ForkMemory::Copied => Filling::Copied(begin(whole).map_err(host("make memory"))?),
+            ForkMemory::Touched => {
+                let copying = begin(lively).map_err(host("make memory"))?;
+                fds.push(kata_pager::device().map_err(host("open /dev/userfaultfd"))?);
+                Filling::Touched(copying, Origin::new(whole))
+            }
+        };
         let id = config.id.clone();
-        self.ordered = Some(Ordered { config, ends, copy });
+        self.ordered = Some(Ordered { config, ends, filling });
         Ok(ForkOrder { id, memory, fds })
     }
 
@@ -206,9 +228,13 @@ impl Qemu {
     ///
     /// # Errors
     /// None was ordered, or the monitor refuses.
-    pub async fn forked(&mut self, child: Child) -> Result<(), HypervisorError> {
+    pub async fn forked(
+        &mut self,
+        child: Child,
+        touches: Option<Touches>,
+    ) -> Result<(), HypervisorError> {
         let ordered = self.ordered.take().ok_or(HypervisorError::State("not ordered"))?;
-        let Ordered { config, ends, copy } = ordered;
+        let Ordered { config, ends, filling } = ordered;
         tracing::debug!(id = config.id, pid = child.pid(), "qemu forked");
         // It has been spoken with before.
         let (_, up) = tokio::sync::watch::channel(true);
@@ -220,11 +246,49 @@ impl Qemu {
             // The stem's, with another connection.
             self.running()?.reserve_for_share()?;
         }
-        if let Some(copy) = copy {
-            copy.done().await?;
+        let copying = match (filling, touches) {
+            (Filling::None, None) => None,
+            (Filling::Copied(copying), None) => Some(copying),
+            (Filling::Touched(copying, origin), Some(touches)) => {
+                self.serve(config.id, origin, touches)?;
+                Some(copying)
+            }
+            _ => return Err(HypervisorError::State("forked with other memory than was ordered")),
+        };
+        if let Some(copying) = copying {
+            copying.done().await?;
             self.reached("memory copied");
         }
         self.resume().await
+    }
+
+    /// From now on memory that the machine touches is copied.
+    fn serve(
+        &mut self,
+        id: String,
+        origin: Origin,
+        touches: Touches,
+    ) -> Result<(), HypervisorError> {
+        let Touches { faults, pieces } = touches;
+        let running = self.running()?;
+        let child = Arc::clone(&running.child);
+        let failed = move |error| {
+            tracing::error!(sandbox = id, %error,
+                "memory of the virtual machine cannot be copied any more: it is ended");
+            let _ = child.kill(libc::SIGKILL);
+        };
+        let pager = Pager::start(faults, origin, pieces, failed);
+        running.pager = Some(Arc::new(pager.map_err(host("copy memory when it is touched"))?));
+        Ok(())
+    }
+
+    /// Copies what has not been touched yet: before who shares the memory is told of it anew,
+    /// while it works, and might look before it is told of missing pages.
+    pub(super) async fn complete(&mut self) -> Result<(), HypervisorError> {
+        const STEP: &str = "copy the rest of the memory";
+        let Some(pager) = self.running()?.pager.clone() else { return Ok(()) };
+        let completed = tokio::task::spawn_blocking(move || pager.complete()).await;
+        completed.map_err(host(STEP))?.map_err(host(STEP))
     }
 }
 

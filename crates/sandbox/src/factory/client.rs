@@ -6,7 +6,7 @@ use super::server::LISTENER_FD;
 use super::wire::{self, Answer, Ask, Request, Take, TemplateStatus};
 use crate::packets::Packets;
 use crate::{RUN_DIR, SandboxError};
-use kata_hypervisor::Snapshot;
+use kata_hypervisor::{Snapshot, StemMemory};
 use kata_jail::{Launch, Role};
 use kata_protocol::Id;
 use rustix::fs::FlockOperation;
@@ -25,7 +25,7 @@ pub(crate) enum Template {
     /// Machines go on from where it was saved.
     Saved(Snapshot),
     /// Machines are forked, by this keeper, from one that stands still and has this memory.
-    Standing(Keeper, OwnedFd),
+    Standing(Keeper, StemMemory),
 }
 
 /// The template of this key, if there is one. Else it will be there for a later sandbox.
@@ -37,18 +37,19 @@ pub(crate) async fn fetch(
 ) -> Result<Option<Template>, SandboxError> {
     let ask = || Ask::Fetch { key: key.to_owned(), recipe: recipe.clone(), forks };
     let (answer, fds) = ask_started(ask).await?;
-    match (answer, <[OwnedFd; 2]>::try_from(fds)) {
-        (Answer::Template, Ok([memory, devices])) => {
+    let mut fds = fds.into_iter();
+    match (answer, fds.next(), fds.next(), fds.next()) {
+        (Answer::Template, Some(memory), Some(devices), None) => {
             let snapshot = Snapshot::from_fds(memory, devices).map_err(failed("use a template"))?;
             Ok(Some(Template::Saved(snapshot)))
         }
-        (Answer::Stem, Ok([line, memory])) => {
+        (Answer::Stem, Some(line), Some(whole), Some(lively)) => {
             let keeper = Keeper::new(line).map_err(failed("use a template"))?;
-            Ok(Some(Template::Standing(keeper, memory)))
+            Ok(Some(Template::Standing(keeper, StemMemory::from_fds([whole, lively]))))
         }
-        (Answer::NotYet, _) => Ok(None),
-        (Answer::Failed(why), _) => Err(SandboxError::Factory(why)),
-        (other, _) => Err(SandboxError::Factory(format!("it answered {other:?}"))),
+        (Answer::NotYet, ..) => Ok(None),
+        (Answer::Failed(why), ..) => Err(SandboxError::Factory(why)),
+        (other, ..) => Err(SandboxError::Factory(format!("it answered {other:?}"))),
     }
 }
 

@@ -4,7 +4,7 @@ use super::client::own_oom_score;
 use super::spare::set_oom_score;
 use super::wire::{FromStem, Order};
 use crate::packets::Packets;
-use kata_hypervisor::ForkOrder;
+use kata_hypervisor::{ForkOrder, Touches};
 use kata_jail::Child;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,24 +29,26 @@ impl Keeper {
     }
 
     /// Has a fork made.
-    pub(crate) async fn fork(&self, order: ForkOrder) -> io::Result<Child> {
+    pub(crate) async fn fork(&self, order: ForkOrder) -> io::Result<(Child, Option<Touches>)> {
         let late = || io::Error::from(io::ErrorKind::TimedOut);
         tokio::time::timeout(PATIENCE, self.ask(order)).await.unwrap_or_else(|_| Err(late()))
     }
 
-    async fn ask(&self, order: ForkOrder) -> io::Result<Child> {
+    async fn ask(&self, order: ForkOrder) -> io::Result<(Child, Option<Touches>)> {
         let ForkOrder { id, memory, fds } = order;
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         self.line.send(&serde_json::to_vec(&Order { id, memory })?, &fds).await?;
         let ended = || io::Error::other("its keeper ended; the factory's log says why");
-        let (bytes, pidfd) = self.line.receive().await?.ok_or_else(ended)?;
-        match (serde_json::from_slice(&bytes)?, <[OwnedFd; 1]>::try_from(pidfd)) {
-            (FromStem::Forked(pid), Ok([pidfd])) => {
+        let (bytes, fds) = self.line.receive().await?.ok_or_else(ended)?;
+        let mut fds = fds.into_iter();
+        match (serde_json::from_slice(&bytes)?, fds.next()) {
+            (FromStem::Forked { pid, pieces }, Some(pidfd)) => {
                 // What it has inherited is the stem's.
                 set_oom_score(pid, own_oom_score());
                 let (sender, told) = watch::channel(None);
                 tokio::spawn(hear_of_end(Arc::clone(&self.line), sender));
-                Ok(Child::of_another(pid, pidfd, told))
+                let touches = fds.next().map(|faults| Touches { faults: faults.into(), pieces });
+                Ok((Child::of_another(pid, pidfd, told), touches))
             }
             (FromStem::Failed(why), _) => Err(io::Error::other(why)),
             (other, _) => Err(io::Error::other(format!("its keeper answered {other:?}"))),

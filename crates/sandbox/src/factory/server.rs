@@ -99,7 +99,7 @@ impl Template {
             State::Ready(snapshot) => snapshot.bytes().unwrap_or(0),
             State::Making | State::Failed(_) => 0,
         };
-        saved + self.stem.as_ref().map_or(0, |stem| stem.bytes())
+        saved + self.stem.as_ref().map_or(0, |stem| stem.memory().bytes())
     }
 }
 
@@ -328,7 +328,8 @@ async fn hand_over(
         match stem.line().await {
             Ok(line) => {
                 let answer = serde_json::to_vec(&Answer::Stem)?;
-                return connection.send(&answer, &[line.as_fd(), stem.memory()]).await;
+                let [whole, lively] = stem.memory().fds();
+                return connection.send(&answer, &[line.as_fd(), whole, lively]).await;
             }
             Err(error) => tracing::warn!(%error, "a machine is cloned that was to be forked"),
         }

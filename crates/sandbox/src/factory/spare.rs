@@ -22,7 +22,7 @@ use kata_oci::Spec;
 use kata_protocol::Id;
 use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -44,6 +44,8 @@ pub(crate) struct Rehearsed {
     pub share: Share,
     pub hypervisor: Qemu,
     pub agent: Agent,
+    /// The memory of its template, if it is to be forked.
+    pub template: Option<OwnedFd>,
 }
 
 /// What a machine is made to be.
@@ -198,12 +200,9 @@ impl Rehearsed {
         };
         let none = || SandboxError::Factory("there is no template to make a spare of".to_owned());
         let mut clone = power.template(recipe, false).await.ok_or_else(none)?;
-        let monitor = match purpose {
-            Purpose::Spare => Monitor::Executed,
-            Purpose::Stem => {
-                to_be_forked(&mut clone.vm);
-                Monitor::ToBeForked
-            }
+        let (monitor, template) = match purpose {
+            Purpose::Spare => (Monitor::Executed, None),
+            Purpose::Stem => (Monitor::ToBeForked, to_be_forked(&mut clone.vm)?),
         };
         let (share, mut hypervisor) = power.clone_on(&mut network, clone.vm, monitor).await?;
         let mut network = network.ok_or_else(none)?;
@@ -227,13 +226,16 @@ impl Rehearsed {
         };
         rehearsal.run(dir.path()).await?;
         let hypervisor = hypervisor.into_inner();
-        Ok(Self { config, sizing, network, share, hypervisor, agent })
+        Ok(Self { config, sizing, network, share, hypervisor, agent, template })
     }
 
     /// Brings the machine to a stand, to be forked, with an agent that has left its share and waits
     /// for another connection. What comes along must stay as long as it.
     pub(super) async fn stand_still(self) -> Result<(Stem, impl Sized), SandboxError> {
-        let Self { network, share, mut hypervisor, agent, .. } = self;
+        let Self { network, share, mut hypervisor, agent, template, .. } = self;
+        let template = template.ok_or_else(|| {
+            SandboxError::Factory("there is no memory of a template to compare with".to_owned())
+        })?;
         let parking = hypervisor.parking().await?;
         let refused = async {
             match agent.leave().await {
@@ -246,7 +248,7 @@ impl Rehearsed {
             error = refused => return Err(error),
         }
         hypervisor.pause().await?;
-        let stem = Stem::new(hypervisor)?;
+        let stem = Stem::new(hypervisor, template.as_fd())?;
         // The monitor does not learn of it: forks have another share in its place.
         share.end().await;
         // The channel says goodbye when it is dropped, and forks would hear that.
@@ -256,11 +258,13 @@ impl Rehearsed {
 
 /// Makes the machine that is started one that can be forked: it has memory of its own, so that
 /// there is one file with all of it; its random numbers are the host's, as its monitor's would
-/// come twice; and its name has room for any other.
-fn to_be_forked(vm: &mut VmConfig) {
-    if let Start::Clone { memory, .. } = &mut vm.start {
-        *memory = CloneMemory::Copied;
-    }
+/// come twice; and its name has room for any other. Gives the memory of its template.
+fn to_be_forked(vm: &mut VmConfig) -> Result<Option<OwnedFd>, SandboxError> {
     vm.entropy.get_or_insert_with(|| RANDOM.into());
     vm.id = Stem::name();
+    let Start::Clone { memory, snapshot } = &mut vm.start else { return Ok(None) };
+    *memory = CloneMemory::Copied;
+    let [template, _] = snapshot.fds();
+    let template = template.try_clone_to_owned().map_err(failed("share a template's memory"))?;
+    Ok(Some(template))
 }

@@ -6,10 +6,11 @@ use super::spare;
 use super::wire::FromSpare;
 use crate::packets::Packets;
 use crate::{SandboxDir, SandboxError, cleanup};
+use kata_hypervisor::StemMemory;
 use kata_jail::{Child, Launch, Role};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use std::sync::Arc;
 pub(super) struct Standing {
     child: Arc<Child>,
     line: Packets,
-    memory: OwnedFd,
+    memory: StemMemory,
 }
 
 impl Standing {
@@ -30,8 +31,8 @@ impl Standing {
         let ready = line.receive().await.map_err(failed)?;
         let ready = ready.and_then(|(said, fds)| {
             let said = serde_json::from_slice(&said).ok()?;
-            let [memory] = <[OwnedFd; 1]>::try_from(fds).ok()?;
-            matches!(said, FromSpare::Ready).then_some(memory)
+            let memory = <[OwnedFd; 2]>::try_from(fds).ok()?;
+            matches!(said, FromSpare::Ready).then(|| StemMemory::from_fds(memory))
         });
         match ready {
             Some(memory) => Ok(Self { child, line, memory }),
@@ -57,15 +58,9 @@ impl Standing {
         Ok(ours)
     }
 
-    /// Bytes of the host's memory that its guest's memory takes.
-    pub(super) fn bytes(&self) -> u64 {
-        let stat = rustix::fs::fstat(&self.memory);
-        stat.map_or(0, |stat| stat.st_blocks.cast_unsigned() * 512)
-    }
-
     /// The memory of the machine that stands still.
-    pub(super) fn memory(&self) -> BorrowedFd<'_> {
-        self.memory.as_fd()
+    pub(super) fn memory(&self) -> &StemMemory {
+        &self.memory
     }
 }
 

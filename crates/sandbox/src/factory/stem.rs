@@ -49,7 +49,7 @@ pub fn main(args: &str) -> Result<(), SandboxError> {
         let line = Packets::new(line).map_err(failed("use the line to the factory"))?;
         let (stem, _held) = make(recipe).await?;
         let ready = serde_json::to_vec(&FromSpare::Ready).unwrap_or_default();
-        line.send(&ready, &[stem.memory()]).await.map_err(failed("answer the factory"))?;
+        line.send(&ready, &stem.memory().fds()).await.map_err(failed("answer the factory"))?;
         serve(stem, line).await
     })
 }
@@ -126,8 +126,13 @@ async fn fork(stem: &Stem, line: OwnedFd) -> io::Result<()> {
             return line.send(&serde_json::to_vec(&FromStem::Failed(why))?, &[]).await;
         }
     };
-    let said = serde_json::to_vec(&FromStem::Forked(forked.pid))?;
-    let told = line.send(&said, &[forked.pidfd.as_fd()]).await;
+    // Its faults stay open here until it has ended: without their server it is to wait, not to go on.
+    let touches = forked.touches.as_ref();
+    let pieces = touches.map(|touches| touches.pieces.clone()).unwrap_or_default();
+    let said = serde_json::to_vec(&FromStem::Forked { pid: forked.pid, pieces })?;
+    let faults = touches.map(|touches| touches.faults.as_fd());
+    let fds: Vec<_> = [Some(forked.pidfd.as_fd()), faults].into_iter().flatten().collect();
+    let told = line.send(&said, &fds).await;
     let pidfd = forked.pidfd.try_clone()?;
     let ended = watch_fd(pidfd)?;
     if told.is_err() || hung_up(&line, &ended).await {

@@ -2,7 +2,8 @@
 
 use super::recipe::Recipe;
 use crate::RUN_DIR;
-use kata_hypervisor::CloneMemory;
+use kata_hypervisor::ForkMemory;
+use kata_pager::Mapping;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -50,7 +51,7 @@ pub(super) enum Answer {
     /// The template comes along as two descriptors: memory and devices.
     Template,
     /// A machine stands still, of which forks can be had. With it come a line to its keeper
-    /// and its memory.
+    /// and its memory as two descriptors.
     Stem,
     /// There is none so far.
     NotYet,
@@ -92,15 +93,19 @@ pub(super) enum FromSpare {
 pub(super) struct Order {
     /// Name of the machine.
     pub id: String,
-    pub memory: CloneMemory,
+    pub memory: ForkMemory,
 }
 
 /// What the keeper of a stem says to who asked for a fork.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum FromStem {
-    /// There it is, with this pid; its pidfd comes along.
-    Forked(i32),
+    /// There it is; its pidfd comes along, and its page faults where it copies what it touches.
+    Forked {
+        pid: i32,
+        /// Of its memory, what is copied.
+        pieces: Vec<Mapping>,
+    },
     /// It ended, with this status as of wait(2).
     Ended(i32),
     Failed(String),
