@@ -64,7 +64,7 @@ pub fn by_number(
 ) -> Result<()> {
     let mut containers = Vec::new();
     for number in numbers {
-        eprintln!("bench: memory of {number} idle {what}s");
+        eprintln!("bench: memory of an idle {what}, of {number}");
         while containers.len() < *number {
             containers.push(docker.sleeper(options)?);
         }
@@ -75,7 +75,7 @@ pub fn by_number(
         }
         let sum: f64 = pids.into_iter().filter_map(|pid| pss(pid).ok()).sum();
         report.value(
-            &format!("{number} idle {what}s, PSS of each"),
+            &format!("idle {what}, PSS of each of {number}"),
             sum / *number as f64,
             "MiB",
             bound,

@@ -202,7 +202,7 @@ pub(crate) static KEYS: &[Key] = &[
          the template is made."),
     key(Factory, "vm_cache_number", "0", Kind::Number(|c| &mut c.factory.vm_cache_number, 0, 64),
         "VMs to keep ready for sandboxes that state no limits: clones of a template, which there is then \
-         whatever `enable_template` says. Each takes some 100 MiB."),
+         whatever `enable_template` says. Each takes some 80 MiB."),
 
     // Known, without effect.
     moot(Hypervisor, "disable_block_device_use",

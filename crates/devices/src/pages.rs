@@ -1,8 +1,8 @@
 //! The machine's memory, where it is copied when it is touched (`kata_pager`).
 //!
 //! The monitor's page faults are the server's to serve; those of this process it serves itself, by
-//! a thread that touches nothing of the guest. What it could be made to do with them are pages of
-//! its own memory.
+//! a thread that touches nothing of the guest. A monitor that tells of other memory than the guest's
+//! gets pages of the template there.
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,7 +30,8 @@ pub(crate) struct Pages {
 impl Pages {
     /// To be called before this process is confined, and once.
     pub(crate) fn of_self() -> io::Result<Self> {
-        // SAFETY: the server passes this descriptor where it asks for it, and nobody else takes it.
+        // SAFETY: the server passes this descriptor where the role's arguments say `touched`, which
+        // is where this is called; nobody else takes it.
         let origin = Origin::new(unsafe { OwnedFd::from_raw_fd(FD_ORIGIN) });
         Ok(Self { faults: Faults::of_self()?, origin, mapped: Mutex::default() })
     }

@@ -85,7 +85,7 @@ impl Faults {
         }
         // SAFETY: the kernel has just made it, for us.
         let faults = Self(unsafe { OwnedFd::from_raw_fd(fd) });
-        faults.agree(MISSING_SHMEM)?;
+        faults.agree(MISSING_SHMEM | WRITES_SHMEM)?;
         Ok(faults)
     }
 
@@ -95,7 +95,7 @@ impl Faults {
     /// The kernel cannot tell of pages of a memfd that are missing.
     pub fn of_another(made: OwnedFd) -> io::Result<Self> {
         let faults = Self(made);
-        faults.agree(MISSING_SHMEM)?;
+        faults.agree(MISSING_SHMEM | WRITES_SHMEM)?;
         Ok(faults)
     }
 
@@ -115,15 +115,17 @@ impl Faults {
         self.request(API, &mut words)
     }
 
-    /// From now on pages of a memfd that are missing here, and are touched, are told of.
+    /// From now on pages of a memfd that are missing here, and are touched, are told of. As by
+    /// [`Faults::watch`], pages that are not missing are mapped when they are touched.
     ///
     /// # Errors
     /// Something else is mapped there.
     pub fn register(&self, start: u64, length: u64) -> io::Result<()> {
-        self.request(REGISTER, &mut [start, length, MODE_MISSING, 0])
+        self.request(REGISTER, &mut [start, length, MODE_MISSING | MODE_WRITES, 0])
     }
 
-    /// Watches pages for writes. None is protected, so nothing is told.
+    /// Watches pages for writes. None is protected, so nothing is told; but who reads a page is not
+    /// given those around it as well.
     ///
     /// # Errors
     /// Something else than a memfd is mapped there.
