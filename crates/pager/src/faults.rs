@@ -84,12 +84,11 @@ impl Faults {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the kernel has just made it, for us.
-        let faults = Self(unsafe { OwnedFd::from_raw_fd(fd) });
-        faults.agree(MISSING_SHMEM | WRITES_SHMEM)?;
-        Ok(faults)
+        Self::of_another(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// Of the process in whose name this descriptor was made, which nobody has used yet.
+    /// Of the process in whose name this descriptor was made, which nobody has used yet: its faults
+    /// in the kernel are told of as well.
     ///
     /// # Errors
     /// The kernel cannot tell of pages of a memfd that are missing.
